@@ -89,7 +89,7 @@ def plackett_luce(
         6
     """
     _check_options(worth=worth, ties=ties, discount=discount, top_k=top_k)
-    x, y = _numbers(scores), _tensor(reference).detach()
+    x, y = _floats(scores), _tensor(reference).detach()
     if x.shape != y.shape or x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
             "scores and reference must have one shape [..., N] with N >= 1; "
@@ -328,7 +328,7 @@ def _cosines_tied_where_equal(features: Any) -> Tensor:
     The squares of unit vectors' norms are 1 but for rounding, so they all take the largest of them. Vectors
     whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
     """
-    rows = _numbers(features).detach()
+    rows = _floats(features).detach()
     squares = (rows * rows).sum(-1)
     is_unit = (squares.sqrt() - 1).abs() <= 0.01
     largest_of_units = squares.where(is_unit, 0.0).max()
@@ -344,7 +344,7 @@ def _cosines_within(features: Any) -> Tensor:
 
 def _cosines(a: Any, b: Any) -> Tensor:
     """Dot products, each summed in one order, so that equal rows give equal products in any position."""
-    rows, columns = _numbers(a), _numbers(b)
+    rows, columns = _floats(a), _floats(b)
     if rows.dim() != 2 or columns.dim() != 2 or rows.shape[1] != columns.shape[1]:
         raise ValueError(
             "features must be matrices of one width; "
@@ -353,11 +353,12 @@ def _cosines(a: Any, b: Any) -> Tensor:
     return torch.stack([(row * columns).sum(-1) for row in rows])
 
 
-def _numbers(x: Any) -> Tensor:
-    """Scores or features: a tensor in its dtype, float32 at least, or an array in float64."""
+def _floats(x: Any) -> Tensor:
+    """Scores or features: a floating tensor in its dtype, float32 at least; all others in float64."""
     if not isinstance(x, Tensor):
         return _tensor(np.asarray(x, np.float64))
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    least = torch.float32 if x.is_floating_point() else torch.float64  # float32 rounds integers
+    return x.to(torch.promote_types(x.dtype, least))
 
 
 def _tensor(x: Any) -> Tensor:

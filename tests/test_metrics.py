@@ -206,8 +206,10 @@ def test_booleans_are_taken_as_0_and_1(name: str) -> None:
 @every_measure
 def test_leading_dimensions_are_lists(name: str) -> None:
     measure = MEASURES_OF_LISTS[name]
-    x, y = torch.rand(2, 3, 4, 21, generator=torch.Generator().manual_seed(0))
+    x, grades = torch.rand(2, 3, 4, 21, generator=torch.Generator().manual_seed(0))
+    y = (3 * grades**4).floor()  # 0, 1 and 2, most are 0
     list_by_list = [[measure(x[i, j], y[i, j]) for j in range(4)] for i in range(3)]
+    assert len({float(value) for row in list_by_list for value in row}) > 2  # so that each has its own
     torch.testing.assert_close(measure(x, y), torch.tensor(list_by_list, dtype=torch.float64))
 
 

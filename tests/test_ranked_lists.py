@@ -150,6 +150,36 @@ def two_lists_of_three() -> tuple[Tensor, Tensor]:
     return rows[:2], rows.view(2, 3, 6)
 
 
+def test_an_infinite_feature_of_a_frozen_model_is_named_by_its_list_and_place() -> None:
+    queries, candidates = torch.eye(2), torch.eye(2).expand(2, 2, 2)
+    frozen = candidates.clone()
+    frozen[0, 1] = math.nan  # at padding
+    frozen[1, 1] = math.inf
+    mask = torch.tensor([[True, False], [True, True]])
+    features = {"reference_query_features": queries, "reference_candidate_features": frozen}
+    with pytest.raises(ValueError, match="must be finite; candidate 1 of row 1 is not"):
+        RankedLists()(queries, candidates, torch.zeros(2, 2), 1.0, mask=mask, reference_scale=1.0, **features)
+
+
+def test_an_infinite_feature_of_a_frozen_model_beside_an_index_is_named_by_its_row() -> None:
+    queries, candidates = torch.eye(2), torch.eye(2).repeat(3, 1)
+    frozen = candidates.clone()
+    frozen[4] = math.nan  # in no list
+    frozen[5] = math.nan
+    index = torch.tensor([[0, 1], [2, 5]])
+    features = {"reference_query_features": queries, "reference_candidate_features": frozen}
+    with pytest.raises(ValueError, match="must be finite; row 5 is not"):
+        RankedLists()(
+            queries,
+            candidates,
+            torch.zeros(2, 2),
+            1.0,
+            candidate_index=index,
+            reference_scale=1.0,
+            **features,
+        )
+
+
 @pytest.mark.parametrize("candidates", [torch.tensor(1.0), torch.eye(6)[0]], ids=["a number", "a row"])
 def test_candidates_that_are_no_matrix_beside_an_index_are_named(candidates: Tensor) -> None:
     queries, _ = two_lists_of_three()

@@ -241,6 +241,13 @@ def test_nan_of_an_array_is_nan() -> None:
     assert np.isnan(reference.plackett_luce([math.nan, 1.0], [1.0, 2.0]))
 
 
+def test_integer_scores_of_a_tensor_are_not_rounded_to_float32() -> None:
+    scores = torch.tensor([2**24 + 1, 2**24])  # one number in float32
+    assert reference.plackett_luce(scores, torch.tensor([1, 0])).item() == pytest.approx(
+        math.log1p(math.exp(-1))
+    )
+
+
 def test_integers_that_are_one_number_in_float64_are_no_tie() -> None:
     """The second item is the better one, by its score and its order; a tie would cost more."""
     order = np.array([2**53, 2**53 + 1])

@@ -129,8 +129,8 @@ class Teacher:
             try:
                 self.spec = Spec.of(text)
             except ValueError as error:
-                # Without such a sign the text is the path of a folder, which is missed when it is opened.
                 is_spelled_as_a_model = any(sign in text for sign in "=:")
+                # Otherwise it is the path of a folder; an error says that it is missing where it is opened.
                 if is_spelled_as_a_model:
                     raise OptionError("teacher", f"{error}; nor is there a folder of this name") from error
         self.folder = text if self.spec is None else None

@@ -233,7 +233,10 @@ def _use(name: str, losses: Sequence[Loss], criterion: nn.Module, option: str | 
 
 
 def _comparing_option(parts: Sequence[nn.Module], losses: Sequence[Loss]) -> tuple[str, str] | None:
-    """The option by which a part compares a teacher's images with its texts, and its loss; or None."""
+    """The option by which a part compares a teacher's images with its texts, and the name of its loss.
+
+    Those of the first such part, or None; the name is empty where a function built the part.
+    """
     for part in parts:
         option = getattr(part, "needs_common_space", None)
         if option:

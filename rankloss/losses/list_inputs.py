@@ -187,9 +187,25 @@ class ListInputs(NamedTuple):
         if self.reference_scores is not None:
             self.refuse("reference_scores", ~self.reference_scores.isfinite(), "finite")
         if self.reference_query_features is not None:
-            _refuse_infinite("reference_query_features", self.reference_query_features)
+            row = first_row(~self.reference_query_features.isfinite().all(-1))
+            if row is not None:
+                raise ValueError(f"reference_query_features must be finite; row {row} is not")
         if self.reference_candidate_features is not None:
-            _refuse_infinite("reference_candidate_features", self.listed(self.reference_candidate_features))
+            self._refuse_infinite_candidates(self.reference_candidate_features)
+
+    def _refuse_infinite_candidates(self, features: Tensor) -> None:
+        """Raise a ValueError for an item whose features by a frozen model have NaN or infinity.
+
+        It shows the item's row of ``[M, D']``, or without an index its list and its place there.
+        """
+        is_wrong = ~features.isfinite().all(-1)
+        rows = self._rows_of_items()
+        is_wrong_item = self.is_item & (is_wrong if rows is None else is_wrong[rows])
+        places = is_wrong_item.nonzero().tolist()
+        if places:
+            n, k = places[0]
+            found = f"candidate {k} of row {n} is not" if rows is None else f"row {int(rows[n, k])} is not"
+            raise ValueError(f"reference_candidate_features must be finite; {found}")
 
     def refuse_two_grades_of_one_candidate(self) -> None:
         """Raise a ValueError for a candidate that is twice in a list, with two grades."""
@@ -215,11 +231,15 @@ class ListInputs(NamedTuple):
 
     def _identities(self) -> Tensor | None:
         """Integers ``[N, K]``, equal for equal candidates; None if nothing tells which are equal."""
-        index, ids = self.candidate_index, self.candidate_ids
-        if index is None:
+        rows, ids = self._rows_of_items(), self.candidate_ids
+        if rows is None:
             return ids
-        index = index.long().masked_fill(~self.is_item, 0)  # at padding it may be out of range
-        return index if ids is None else ids[index]
+        return rows if ids is None else ids[rows]
+
+    def _rows_of_items(self) -> Tensor | None:
+        """The index ``[N, K]``, 0 at padding, where it may be out of range; None without an index."""
+        index = self.candidate_index
+        return None if index is None else index.long().masked_fill(~self.is_item, 0)
 
     def refuse(self, name: str, is_wrong: Tensor, needed: str) -> None:
         """Raise a ValueError that shows the first list in which an argument has wrong values, if any.
@@ -230,13 +250,6 @@ class ListInputs(NamedTuple):
         if (row := first_row(is_wrong)) is not None:
             values = getattr(self, name)[row][is_wrong[row]].tolist()
             raise ValueError(f"{name} must be {needed}; row {row} has {values}")
-
-
-def _refuse_infinite(name: str, features: Tensor) -> None:
-    """Raise a ValueError that shows the first row of features ``[n, D]`` with NaN or infinity, if any."""
-    row = first_row(~features.isfinite().all(-1))
-    if row is not None:
-        raise ValueError(f"{name} must be finite; row {row} is not")
 
 
 def first_row(is_wrong: Tensor) -> int | None:

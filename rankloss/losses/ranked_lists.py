@@ -257,16 +257,16 @@ class RankedLists(GatheringLoss):
         return {"ranked_lists_loss": loss} if output_dict else loss
 
     def _compute(self, inputs: ListInputs) -> Tensor:
-        """The loss of unchecked inputs."""
+        """Check the inputs and compute their loss; it is NaN for wrong values that were not read."""
         self._check(inputs)
         padded = self._padded(inputs)
         gathered = self._gathered(padded)
         items, lists = self._items_and_lists(gathered)
         with precision.full_precision(items.is_listed.device):
             values, terms = self._values(items, lists)
-        finite_values = precision.nan_unless_finite(values, *lists.factors, *items.features)
-        right_values = finite_values * torch.where(padded.is_wrong, math.nan, 1.0)
-        return self._reduced(right_values, terms).to(lists.queries.dtype)
+        values = precision.nan_unless_finite(values, *lists.factors, *items.features)
+        values = values * torch.where(padded.is_wrong, math.nan, 1.0)
+        return self._reduced(values, terms).to(lists.queries.dtype)
 
     def _check(self, inputs: ListInputs) -> None:
         """Raise an error for wrong arguments, the same on all processes; values are read where it is free.

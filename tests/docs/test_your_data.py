@@ -89,8 +89,7 @@ def test_the_printed_recall_is_that_of_the_metrics(done: Done) -> None:
     assert 100 * float(by_metrics[1]) == pytest.approx(float(in_percent), abs=0.1)
 
 
-def test_loaded_heads_find_pictures(done: Done) -> None:
-    """The page prints the paths of three."""
+def test_code_that_loads_heads_prints_three_pictures(done: Done) -> None:
     printed = done.block("load_heads")["output"]
     assert len(set(re.findall(r"sample/pictures/[\w-]+\.png", printed))) == 3
 

@@ -243,7 +243,7 @@ def first_loss(ids: Tensor | None = None, **settings: Any) -> float:
     return loss
 
 
-def test_the_weight_of_the_spread_is_of_the_loss_that_trains() -> None:
+def test_the_training_loss_is_linear_in_the_weight_of_the_spread() -> None:
     ids = torch.arange(PAIRS) // 2
     without, half, whole = (first_loss(ids, spread_weight=weight) for weight in (0.0, 0.5, 1.0))
     assert half - without > 0.05  # so that the ratio below is not of rounding errors

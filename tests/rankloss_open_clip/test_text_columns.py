@@ -598,11 +598,11 @@ def test_a_picture_that_has_changed_is_refused_where_the_trainer_reads_it(
     tokenized([dataset.captions[2]])  # whose picture is the same
 
 
-def test_a_changed_picture_among_those_that_are_compared_first_is_refused_before_a_training(
+def test_reading_rows_refuses_a_changed_picture_among_those_it_compares(
     pictures: PicturesOfTable,
 ) -> None:
     pictures.column.read_rows(pictures.table, ";", pictures.dataset)  # while no picture has changed
-    pictures.files[0].write_bytes(b"another")
+    pictures.files[0].write_bytes(b"another")  # row 0 is compared, see the fixture
     with pytest.raises(ValueError, match=refusal_of_picture(pictures, row=0)):
         pictures.column.read_rows(pictures.table, ";", pictures.dataset)
 

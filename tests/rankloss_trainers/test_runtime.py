@@ -297,6 +297,7 @@ def test_tf32_products_are_told_of_once_by_a_loss_that_ranks(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "matmul", TF32)
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     remark = remark_on_tf32(torch.device("cuda"))
     # The runs are on the CPU, and are told that they are on the card.
@@ -805,7 +806,7 @@ def test_an_attribute_that_no_loss_has_is_an_attribute_error() -> None:
         rankloss_trainers.create("clip-ids").schedule_value  # noqa: B018
 
 
-def test_a_copy_of_a_created_loss_is_told_without_the_original() -> None:
+def test_the_epoch_of_a_copy_of_a_created_loss_is_not_that_of_the_original() -> None:
     original = rankloss_trainers.create("rankclip", schedule="linear")
     original.set_epoch(1, 3)  # λ is 0 at the first of three epochs, ½ at the second, 1 at the last
     for duplicate in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
@@ -824,7 +825,7 @@ def test_joined_losses_are_told_by_the_keywords_of_a_single_loss() -> None:
         assert loss.schedule_value == 1
 
 
-def test_a_copy_of_joined_losses_is_told_without_the_original() -> None:
+def test_the_epoch_of_a_copy_of_joined_losses_is_not_that_of_the_original() -> None:
     original = rankloss_trainers.create("rankclip+mimicry", rankclip={"schedule": "linear"})
     duplicate = copy.deepcopy(original)
     original.set_epoch(1, 3)  # λ is 0 at the first of three epochs, and ½ at the second

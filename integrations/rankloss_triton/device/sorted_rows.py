@@ -205,7 +205,10 @@ def rank_by_merging(
 
 @triton.jit
 def sum_upwards(ranked, log_c, M, BLOCK: tl.constexpr):
-    """Write log Σ_{q ≤ p} e^{x_q} of every place p, and return the last of them."""
+    """Write log Σ_{q ≤ p} e^{x_q} of every place p, and return the last of them.
+
+    At the last place of a tie it is log C of all the items there.
+    """
     j = tl.arange(0, BLOCK)
     m0 = tl.full([], NONE, tl.float32)  # m0 and w0 are the sum of all blocks before
     w0 = tl.full([], 0.0, tl.float32)
