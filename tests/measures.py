@@ -13,7 +13,7 @@ MEASURES_WITH_MASK: dict[str, Callable[..., Any]] = {
     "kendall_tau, c": functools.partial(metrics.kendall_tau, variant="c"),
     "pairwise_accuracy": metrics.pairwise_accuracy,
     "ndcg": functools.partial(metrics.ndcg, k=3),
-    "reciprocal_rank": functools.partial(metrics.reciprocal_rank, at_least=1.0),
+    "reciprocal_rank": metrics.reciprocal_rank,
 }
 """Measures whose lists may be padded."""
 MEASURES_OF_LISTS: dict[str, Callable[..., Any]] = {
