@@ -661,7 +661,7 @@ class RowLists(NamedTuple):
             # Without a teacher the matrices rank each other, and need no products beside their own.
             references=() if batch.teacher is None else references,
             chunk_size=self.options.chunk_size,
-            in_slices=evaluate_block is evaluate,
+            in_slices=evaluate_block is evaluate,  # a kernel takes a whole chunk
         )
 
     def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:

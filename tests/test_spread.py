@@ -266,6 +266,7 @@ def test_encoders_that_share_no_space_have_a_spread() -> None:
     """Texts of three dimensions, images of six; the base compares items of one modality alone."""
     v, t, s = random_batch(seed=0, n=9, d=6, scale=10.0).leaves()
     narrow = F.normalize(t[:, :3], dim=-1)
+    # Any scalar serves in place of CLIP's loss, which would multiply images with texts.
     base = RankClipLoss(lambda *_, **__: v.sum(), lambda_cross=0.0, schedule="constant")
     entry = SpreadLoss(base, weight=1.0)(v, narrow, s, output_dict=True)["spread_loss"]
     of_images, of_texts = (reference.spread(x.detach(), x.detach(), 10.0) for x in (v, narrow))

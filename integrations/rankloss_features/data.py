@@ -43,9 +43,11 @@ def named_sample(sample: Mapping[str, Any]) -> str:
 def extensions(keys: str) -> list[str]:
     """The extensions, the preferred first, that an option like ``--text-key`` names: separated by ``;``.
 
+    ``json:FIELD``, which the option may name as well, is one of them.
+
     Example:
-        >>> extensions("txt; caption")
-        ['txt', 'caption']
+        >>> extensions("txt; caption; json:title")
+        ['txt', 'caption', 'json:title']
     """
     parts = (part.strip() for part in keys.split(";"))
     return [part for part in parts if part]

@@ -104,7 +104,7 @@ def _timm(name: str, weights: str | None, device: torch.device) -> Loaded:
         weights = weights or folder
     model = opening.timm_model(name, pretrained=weights is None, num_classes=0)
     if weights is not None:
-        fill(model, weights)
+        fill(model, name, weights)
     return _of_timm(model, device)
 
 

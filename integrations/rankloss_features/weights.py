@@ -26,7 +26,7 @@ def check_complete(report: dict[str, Any], name: str) -> None:
         raise ValueError(f"the weights do not fit the model: {_listed(needed)} missing in {name}")
 
 
-def fill(model: Any, path: str) -> None:
+def fill(model: Any, name: str, path: str) -> None:
     """Load weights, all of them, into a model of timm without its classifier.
 
     timm's own ``pretrained_cfg_overlay`` leaves what a file lacks as it is initialised, once a model has no
@@ -34,13 +34,14 @@ def fill(model: Any, path: str) -> None:
 
     Args:
         model: The model.
+        name: Its name in timm.
         path: A file, or a folder with one.
 
     Raises:
-        ValueError: Keys are missing, or there are others than the model's and its classifier's.
+        ValueError: Keys are missing, or there are others, which the model has not with a classifier either.
         RuntimeError: Weights are of another shape.
     """
-    # timm's conversion of the weights that a model's authors published; it changes none of its own.
+    # timm's conversion of weights that a model's authors published; it leaves those of timm as they are.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     file = _file_of(path)
     missing, unexpected = opening.load_timm_weights(model, file, convert)
@@ -49,6 +50,9 @@ def fill(model: Any, path: str) -> None:
         classifiers = (classifiers,)
     beginnings = tuple(f"{classifier}." for classifier in classifiers)
     unexpected = [key for key in unexpected if not key.startswith(beginnings)]
+    if unexpected:  # before some classifiers there are layers that belong to the head, too
+        of_whole_model = opening.timm_model(name, num_classes=1).state_dict()
+        unexpected = [key for key in unexpected if key not in of_whole_model]
     misfits = []
     if missing:
         misfits.append(f"{_listed(missing)} missing")
@@ -81,5 +85,6 @@ def _file_of(path: str) -> str:
 
 def _listed(keys: list[str]) -> str:
     """The number of keys, and the first of them."""
+    noun = "key" if len(keys) == 1 else "keys"
     more = ", …" if len(keys) > _SHOWN else ""
-    return f"{len(keys)} keys ({', '.join(keys[:_SHOWN])}{more})"
+    return f"{len(keys)} {noun} ({', '.join(keys[:_SHOWN])}{more})"

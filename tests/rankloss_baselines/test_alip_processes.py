@@ -71,13 +71,13 @@ def on_share(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
 
 
 @both_gatherings
-def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
+def test_rank_terms_on_alip_have_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
     v, t, c, s = inputs = leaves(pool.world_size)
     value = RankClipLoss(AlipLoss(), schedule="constant")(v, t, s, caption_features=c)
     assert_same(mean_of_ranks(pool.run(on_share, gather)), value_and_gradients(value, inputs), tolerance=1e-9)
 
 
-def test_entries_and_state_of_a_base_of_rank_terms_are_those_of_alip() -> None:
+def test_rank_terms_on_alip_have_its_entries_before_their_own_and_its_state() -> None:
     v, t, c, s = leaves(1)
     loss = RankClipLoss(AlipLoss(), schedule="constant")
     entries = loss(v, t, s, caption_features=c, output_dict=True)

@@ -41,13 +41,13 @@ def on_share(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
 
 
 @both_gatherings
-def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
+def test_rank_terms_on_cyclip_have_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
     v, t, s = inputs = leaves(pool.world_size)
     value = RankClipLoss(CyClipLoss(), schedule="constant")(v, t, s)
     assert_same(mean_of_ranks(pool.run(on_share, gather)), value_and_gradients(value, inputs), tolerance=1e-9)
 
 
-def test_entries_of_a_base_of_rank_terms_are_those_of_cyclip() -> None:
+def test_rank_terms_on_cyclip_have_its_entries_before_their_own() -> None:
     entries = RankClipLoss(CyClipLoss(), schedule="constant")(*leaves(1), output_dict=True)
     of_cyclip = ["contrastive_loss", "cyclic_cross_modal_loss", "cyclic_in_modal_loss"]
     assert list(entries) == [*of_cyclip, "cross_modal_loss", "in_modal_loss"]

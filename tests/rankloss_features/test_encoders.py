@@ -162,6 +162,21 @@ def test_a_folder_with_a_file_of_weights_is_the_backbone(
     assert_features_equal(features_of_pictures("test_vit", pictures, tmp_path), before_the_classifier)
 
 
+def test_weights_of_a_head_of_several_layers_are_the_backbones(pictures: Any, tmp_path: Path) -> None:
+    """A normalisation stands before the classifier, and goes with it."""
+    torch.manual_seed(0)
+    whole = timm.create_model("efficientvit_m0").eval()
+    keys = whole.state_dict().keys()
+    save_file(whole.state_dict(), tmp_path / "x.safetensors")
+    features = features_of_pictures("efficientvit_m0", pictures, tmp_path / "x.safetensors")
+    whole.reset_classifier(0)
+    assert "head.bn.weight" in keys - whole.state_dict().keys()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(whole))
+    with torch.no_grad():
+        expected = whole(torch.stack([transform(picture) for picture in pictures]))
+    assert_features_equal(features, expected)
+
+
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
 def test_a_folder_that_timm_saved_is_the_backbone(
     backbone: Any, pictures: Any, before_the_classifier: Tensor, tmp_path: Path, prefix: str
@@ -310,7 +325,7 @@ def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         (
             lambda state: {**state, "blocks.9.x": torch.zeros(1)},
             ValueError,
-            r"1 keys \(blocks\.9\.x\) unexpected",
+            r"1 key \(blocks\.9\.x\) unexpected",
         ),
         (
             lambda state: {**state, "norm.weight": torch.zeros(3)},
@@ -326,6 +341,13 @@ def test_weights_that_do_not_fill_a_model_of_timm_are_refused(
     save_file(change(backbone.state_dict()), tmp_path / "model.safetensors")
     with pytest.raises(error, match=named):
         image_encoders.load("test_vit", str(tmp_path), CPU)
+
+
+def test_weights_that_no_layer_of_a_models_head_has_are_refused(tmp_path: Path) -> None:
+    state = timm.create_model("efficientvit_m0").state_dict()
+    save_file({**state, "head.bn.x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"1 key \(head\.bn\.x\) unexpected"):
+        image_encoders.load("efficientvit_m0", str(tmp_path), CPU)
 
 
 @pytest.mark.parametrize(("kind", "part"), [("vit", "layernorm_after"), ("bert", "self.query")])

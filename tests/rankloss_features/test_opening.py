@@ -499,7 +499,7 @@ OPENERS_OF = {
 
 
 @pytest.mark.parametrize("distribution", OPENERS_OF)
-def test_an_older_package_that_another_brought_is_refused(
+def test_a_version_that_opens_files_unsafely_is_refused(
     monkeypatch: pytest.MonkeyPatch, distribution: str
 ) -> None:
     opening.check_version.cache_clear()
@@ -508,7 +508,6 @@ def test_an_older_package_that_another_brought_is_refused(
     match = rf"^{distribution} 0\.9\.1 is installed, .* {needed}"
     with pytest.raises(ValueError, match=match):
         OPENERS_OF[distribution]()
-    opening.check_version.cache_clear()
 
 
 def test_the_safe_versions_are_the_floors_of_the_extra() -> None:

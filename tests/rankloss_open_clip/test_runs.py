@@ -68,7 +68,8 @@ def test_run_names_its_losses_and_versions_before_training(runs: Runs, name: str
 @pytest.mark.parametrize("name", some_slow(*TRAINED))
 def test_run_trains_the_sum_of_its_terms(runs: Runs, name: str) -> None:
     scalars, terms = runs[name].scalars, TRAINED[name]
-    assert {key for key in scalars if key.endswith("_loss") and "/" not in key} == set(terms)
+    of_training = [key for key in scalars if "/" not in key]  # "val/…" are the evaluation's
+    assert {key for key in of_training if key.endswith("_loss")} == set(terms)
     for step, loss in scalars["loss"].items():
         assert loss == pytest.approx(sum(scalars[term][step] for term in terms), rel=1e-6)
 
@@ -113,7 +114,7 @@ def test_run_without_loss_has_the_parameters_of_one_without_the_plugin(runs: Run
 
 
 def test_a_plugin_that_is_switched_off_is_a_problem_until_it_is_attached(runs: Runs) -> None:
-    # WITHOUT_PLUGIN prints the loaded modules of rankloss, the problems, and the problems behind attach().
+    # WITHOUT_PLUGIN prints the loaded modules of rankloss, the problems, and those left after attach().
     (problem,) = re.findall(r"^\[\]\n(.*)\n\[\]$", runs["stock"].output, re.MULTILINE)
     for word in ("TORCH_DEVICE_BACKEND_AUTOLOAD", "''", "python -m rankloss_open_clip"):
         assert word in problem

@@ -800,6 +800,11 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, given: Any, message: 
         train(tmp_path, **{"loss": "rankclip", "max_steps": 2, **given})
 
 
+def test_a_training_without_data_is_refused_as_by_transformers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="training requires a train_dataset"):
+        ContrastiveTrainer(tiny_clip(), arguments(tmp_path), loss="rankclip").train()
+
+
 @pytest.mark.parametrize(("name", "value"), [("loss_options", {"lambda_in": 2.0}), *OTHER_VALUES.items()])
 def test_options_beside_a_command_lines_choice_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     """The choice has its own, and these would be dropped."""

@@ -73,6 +73,7 @@ def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
         "registers": registers,
         "stack": stack,
         "local": local,
+        "shared": compiled.metadata.shared,
     }
 
 

@@ -20,7 +20,8 @@ from rankloss_triton import launching
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
-REGISTERS = 65_536  # of a multiprocessor
+REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32  # of a multiprocessor of Hopper, at most
+SHARED_BYTES = 228 * 1024  # of its memory, of which each program takes 1,024 beside its own
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,10 @@ def test_the_programs_of_a_launch_fit_together_on_a_multiprocessor(compiled: lis
         registers_of_a_warp = 256 * math.ceil(32 * kernel["registers"] / 256)
         warps = kernel["programs_per_processor"] * kernel["threads"] // 32
         assert warps * registers_of_a_warp <= REGISTERS, kernel
+        assert warps <= WARPS, kernel
+        programs = kernel["programs_per_processor"]
+        assert programs <= PROGRAMS, kernel
+        assert programs * (1024 + kernel["shared"]) <= SHARED_BYTES, kernel
 
 
 @pytest.mark.parametrize("method", ["sort", "bin"])

@@ -180,7 +180,13 @@ class ContrastiveTrainer(transformers.Trainer):
         return None if key == CAPTIONS else key
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches with their data for the loss, in which a teacher's features have been checked."""
+        """Batches with their data for the loss, in which a teacher's features have been checked.
+
+        Raises:
+            ValueError: As transformers' Trainer says it, there is no ``train_dataset``.
+        """
+        if self.train_dataset is None:
+            return super().get_train_dataloader()
         run, key = self.loss_runtime, self._pair_column
         run.teaching.name_columns(pair_columns.list_columns(self.train_dataset))
         if key is not None:

@@ -195,10 +195,10 @@ def rank_by_merging(
         q = division_of(key, low, high, buckets)
         begin = tl.load(start + q, mask=inside, other=0)
         end = tl.load(start + q + 1, mask=inside, other=0)
-        begin_of_run = bisect(keys, key, begin, c + j, inside, steps, ABOVE=False)
-        tl.store(first + item, begin_of_run, mask=inside)
-        end_of_run = bisect(keys, key, c + j + 1, end, inside, steps, ABOVE=True)
-        tl.store(last + c + j, end_of_run - 1, mask=inside)
+        first_tied = bisect(keys, key, begin, c + j, inside, steps, ABOVE=False)
+        tl.store(first + item, first_tied, mask=inside)
+        end_of_ties = bisect(keys, key, c + j + 1, end, inside, steps, ABOVE=True)
+        tl.store(last + c + j, end_of_ties - 1, mask=inside)
         score = (tl.load(x + item, mask=inside, other=0.0) - top) * s
         tl.store(ranked + c + j, score, mask=inside)
 
@@ -236,12 +236,12 @@ def sum_downwards(ranked, last, log_c, M, top_k, BLOCK: tl.constexpr, WEIGHS: tl
     for b in range(0, blocks):
         c = (blocks - 1 - b) * BLOCK
         inside = c + j < M
-        end = tl.load(last + c + j, mask=inside, other=0)
-        denominator = tl.load(log_c + end, mask=inside, other=0.0)
+        last_tied = tl.load(last + c + j, mask=inside, other=0)
+        denominator = tl.load(log_c + last_tied, mask=inside, other=0.0)
         score = tl.load(ranked + c + j, mask=inside, other=0.0)
         mu = inside.to(tl.float32)
         if WEIGHS:
-            mu *= weight_of_rank(M - end, top_k)
+            mu *= weight_of_rank(M - last_tied, top_k)
             total_mu += tl.sum(mu, 0)
         terms += mu * (denominator - score)
         m, w = tl.associative_scan((tl.where(mu > 0, -denominator, NONE), mu), 0, joined, reverse=True)
@@ -262,12 +262,12 @@ def write_gradient(
         inside = c + j < N
         listed = is_listed(c + j, own, N, DIAGONAL)
         score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
-        begin = tl.load(first + c + j, mask=listed, other=0)
+        first_tied = tl.load(first + c + j, mask=listed, other=0)
         mu = listed.to(tl.float32)
         if WEIGHS:
-            end = tl.load(last + begin, mask=listed, other=0)
-            mu *= weight_of_rank(M - end, top_k)
-        log_u = tl.load(ranked + begin, mask=listed, other=NONE)
+            last_tied = tl.load(last + first_tied, mask=listed, other=0)
+            mu *= weight_of_rank(M - last_tied, top_k)
+        log_u = tl.load(ranked + first_tied, mask=listed, other=NONE)
         slope = beta * (tl.exp(score + log_u) - mu)
         if HAS_ALPHA:
             slope += alpha * (tl.exp(score - log_sum) - (c + j == own).to(tl.float32))
