@@ -581,16 +581,22 @@ def _check_column(table: Any, path: str, separator: str, option: str, key: str) 
     """
     import pandas
 
-    if key not in table.columns:
-        is_part_of_a_name = any(key in str(name) for name in table.columns)
-        hint = "; wrong --csv-separator?" if is_part_of_a_name else ""
-        raise ValueError(f"{option} {key}: {path} has the columns {list(table.columns)}{hint}")
+    names = list(table.columns)
+    is_part_of_a_name = any(key in str(name) for name in names)
+    hint = "; wrong --csv-separator?" if is_part_of_a_name else ""
+    _check_has_column(names, path, option, key, hint)
     is_missing = table[key].isna()
     if is_missing.any():
         row = int(is_missing.argmax())
         as_written = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
         cell = as_written[key].iloc[row]
         raise ValueError(f"row {row} of {path}, column {key!r}: {cell!r} is a missing value to open_clip")
+
+
+def _check_has_column(names: list[str], path: str, option: str, column: str, hint: str = "") -> None:
+    """Raise a ValueError, which ends with the hint, for a column that is none of these names."""
+    if column not in names:
+        raise ValueError(f"{option} {column}: {path} has the columns {names}{hint}")
 
 
 def ids_as_written(path: str, separator: str, key: str, parsed: Any) -> list[Any]:
@@ -710,9 +716,8 @@ def open_data(args: Any, path: str | None = None) -> Data:
     else:
         image_column, caption_column = options["image_column"], options["caption_column"]
         dataset = _split(path, given["split"])
-        for option, column in (("--image-column", image_column), ("--caption-column", caption_column)):
-            if column not in dataset.column_names:
-                raise ValueError(f"{option} {column}: {path} has the columns {dataset.column_names}")
+        _check_has_column(dataset.column_names, path, "--image-column", image_column)
+        _check_has_column(dataset.column_names, path, "--caption-column", caption_column)
     return Table(dataset, image_column, caption_column, ids_key, rendering, kind=kind, data=path)
 
 

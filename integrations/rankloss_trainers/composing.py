@@ -11,7 +11,7 @@ from torch import nn
 
 import rankloss
 from rankloss.distributed import Gather
-from rankloss.losses.composition import call_arguments
+from rankloss.losses.composition import base_under, call_arguments
 from rankloss_trainers.declared import Loss
 from rankloss_trainers.option import naming_options
 
@@ -98,8 +98,8 @@ def _with_streaming_of(replaced: Any, loss: Loss) -> Loss:
 
 
 def innermost(loss: Any) -> Any:
-    """The loss under all others, by their attribute ``base``; one that cannot be called is no loss."""
-    while callable(below := getattr(loss, "base", None)):
+    """The loss under all others."""
+    while (below := base_under(loss)) is not None:
         loss = below
     return loss
 

@@ -76,6 +76,16 @@ def call_arguments(loss: Base) -> Mapping[str, inspect.Parameter]:
     return {**inspect.signature(loss.forward).parameters, **own_inputs(loss)}
 
 
+def base_under(loss: Base) -> Base | None:
+    """The loss that a loss stands on, its attribute ``base``; None without one.
+
+    In a loss of one's own the attribute may be something else, as a number: one that cannot be called is no
+    loss.
+    """
+    base = getattr(loss, "base", None)
+    return base if callable(base) else None
+
+
 def takes_teacher(loss: Base) -> bool:
     """True if a loss, or a base to which it passes its inputs on, takes a teacher's features.
 
@@ -94,9 +104,9 @@ def takes_teacher(loss: Base) -> bool:
     passes_inputs_on = inspect.Parameter.VAR_KEYWORD in kinds  # **inputs
     if not passes_inputs_on:
         return False
-    losses_within = list(loss.children()) if isinstance(loss, nn.Module) else []
-    base = getattr(loss, "base", None)  # a function is no child
-    if callable(base):  # in a loss of one's own the name may be that of a number
+    losses_within: list[Base] = list(loss.children()) if isinstance(loss, nn.Module) else []
+    base = base_under(loss)  # a function, which is no child, or a module
+    if base is not None:
         losses_within.insert(0, base)
     return any(takes_teacher(within) for within in losses_within)
 

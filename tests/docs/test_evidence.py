@@ -114,7 +114,8 @@ def photographs_table() -> list[str]:
     return [f"{in_recall[row]} | {in_agreement[row].strip()} |" for row in on_the_page]
 
 
-RECALL = ("metrics", "retrieval", "R@10, mean of both")
+RECALL = ("retrieval", "R@10, mean of both")
+"""The place of R@10 in the metrics of a record."""
 Lines = dict[str, dict[int, dict[str, Any]]]  # records by arm and seed
 
 
@@ -128,14 +129,14 @@ def records(folder: str, arm: Callable[[dict[str, Any]], str]) -> Lines:
     return found
 
 
-def of_seeds(lines: dict[int, dict[str, Any]]) -> dict[int, float]:
-    """R@10, the mean of both ways, by seed."""
-    return {seed: reduce(getitem, RECALL, line) for seed, line in lines.items()}
+def of_seeds(lines: dict[int, dict[str, Any]], *place: str) -> dict[int, float]:
+    """R@10, the mean of both ways, by seed, at a place in the metrics."""
+    return {seed: reduce(getitem, ("metrics", *place, *RECALL), line) for seed, line in lines.items()}
 
 
-def minus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> str:
+def minus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]], *place: str) -> str:
     """The mean difference in R@10 of the seeds that both have, with its 95 % t-interval."""
-    recall, other = of_seeds(first), of_seeds(second)
+    recall, other = of_seeds(first, *place), of_seeds(second, *place)
     return mean_and_interval(np.array([recall[seed] - other[seed] for seed in recall.keys() & other.keys()]))
 
 
@@ -394,7 +395,7 @@ def mean_recall(lines: dict[int, dict[str, Any]], *place: str) -> float:
 
 def recalls(lines: dict[int, dict[str, Any]], *place: str) -> list[float]:
     """R@10 of each of an arm's seeds, the mean of both ways, at a place in their metrics."""
-    return [reduce(getitem, ("metrics", *place, *RECALL[1:]), line) for line in lines.values()]
+    return list(of_seeds(lines, *place).values())
 
 
 def across_splits() -> list[str]:
@@ -522,17 +523,8 @@ def mimicry_minus_spread() -> list[str]:
     differences = []
     for folder in ("icons", "icons-35840", "icons-71680", "icons-141093"):
         trained = records(f"alignment/results/{folder}", of_cell(250, 16))
-        for side in ((), ("second",)):
-            copied, spread = (
-                np.array(recalls(by_seed(trained[arm]), *side)) for arm in ("mimicry", "spread")
-            )
-            differences.append(mean_and_interval(copied - spread))
+        differences += [minus(trained["mimicry"], trained["spread"], *side) for side in ((), ("second",))]
     return differences
-
-
-def by_seed(lines: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Records in the order of their seeds."""
-    return dict(sorted(lines.items()))
 
 
 def frozen_minus_scratch(pairs: int, heads: str, *side: str) -> str:
@@ -552,20 +544,19 @@ def best_from_scratch(pairs: int, *side: str) -> list[float]:
     return max((recalls(trained[arm], *side) for arm in ("smoothing", "spread", "mimicry")), key=np.mean)
 
 
-def of_most_pairs_minus_scratch() -> list[str]:
-    """Differences of 141,093 pairs, the closed form beside one head and beside two, on both thousands."""
-    arms = ("both", "both-2")
-    return [frozen_minus_scratch(141_093, arm, *side) for arm in arms for side in ((), ("second",))]
+def frozen_encoders_minus_scratch() -> list[str]:
+    """Differences of the closed form beside one head and beside two, and of one head alone.
 
-
-def of_many_pairs_minus_scratch() -> list[str]:
-    """Differences on the first thousand beside one head and beside two, and of one head of 141,093 pairs."""
-    beside = [frozen_minus_scratch(pairs, arm) for pairs in (71_680, 141_093) for arm in ("both", "both-2")]
+    Of 71,680 pairs on the first thousand of icons, of 141,093 on both; the head alone is of the latter.
+    """
+    sides = ((), ("second",))
+    beside_heads = []
+    for arm in ("both", "both-2"):
+        beside_heads.append(frozen_minus_scratch(71_680, arm))
+        beside_heads += [frozen_minus_scratch(141_093, arm, *side) for side in sides]
     one_head = records("alignment/results/icons-141093", of_cell(500, 20))["heads"]
-    alone = [
-        unpaired(recalls(one_head, *side), best_from_scratch(141_093, *side)) for side in ((), ("second",))
-    ]
-    return [*beside, *alone]
+    alone = [unpaired(recalls(one_head, *side), best_from_scratch(141_093, *side)) for side in sides]
+    return [*beside_heads, *alone]
 
 
 def second_heads_and_closed_forms() -> list[str]:
@@ -637,8 +628,7 @@ def differences_without_a_report() -> list[str]:
         *heads_beside_smoothing(),
         *over_the_higher_clip(),
         *of_mimicry(),
-        *of_most_pairs_minus_scratch(),
-        *of_many_pairs_minus_scratch(),
+        *frozen_encoders_minus_scratch(),
         *second_heads_and_closed_forms(),
         *mimicry_minus_spread(),
         *uniform_beside_spread(),
@@ -741,8 +731,7 @@ def demo_agreement() -> list[str]:
                 baselines,
                 frozen_encoders,
                 mimicry_minus_spread,
-                of_most_pairs_minus_scratch,
-                of_many_pairs_minus_scratch,
+                frozen_encoders_minus_scratch,
                 second_heads_and_closed_forms,
                 ranks_beside_spread_in_taught_models,
                 of_a_pretrained_clip,

@@ -71,7 +71,7 @@ def on_share(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
 
 
 @both_gatherings
-def test_rank_terms_on_alip_have_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
+def test_rank_terms_on_alip_are_those_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
     v, t, c, s = inputs = leaves(pool.world_size)
     value = RankClipLoss(AlipLoss(), schedule="constant")(v, t, s, caption_features=c)
     assert_same(mean_of_ranks(pool.run(on_share, gather)), value_and_gradients(value, inputs), tolerance=1e-9)

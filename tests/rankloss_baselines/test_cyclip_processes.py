@@ -41,7 +41,7 @@ def on_share(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
 
 
 @both_gatherings
-def test_rank_terms_on_cyclip_have_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
+def test_rank_terms_on_cyclip_are_those_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
     v, t, s = inputs = leaves(pool.world_size)
     value = RankClipLoss(CyClipLoss(), schedule="constant")(v, t, s)
     assert_same(mean_of_ranks(pool.run(on_share, gather)), value_and_gradients(value, inputs), tolerance=1e-9)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from rankloss import metrics
+from rankloss.losses.composition import base_under
 from rankloss_features.folder import NAMES
 from rankloss_trainers.cached import Split
 from rankloss_trainers.graded.lists import (
@@ -248,7 +249,7 @@ def check_lists_fit(run: Runtime, graded_by: str, *, has_pairs: bool) -> None:
     if graded_by == "ranks" and uses_values:
         raise ValueError(f"ranks are an order, and {run.name} takes grades as values; give the column grades")
     # A part on a base trains pairs. One that says whether it needs them trains them beside lists.
-    on_pairs = [part for part in parts if callable(getattr(part, "base", None))]
+    on_pairs = [part for part in parts if base_under(part) is not None]
     if not has_pairs and any(getattr(part, "needs_pairs", True) for part in on_pairs):
         raise ValueError(f"{run.name} needs pairs beside the lists: give each query's own in a column own")
     if has_pairs and not any(hasattr(part, "needs_pairs") for part in on_pairs):
