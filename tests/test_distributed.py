@@ -1152,7 +1152,7 @@ def test_an_error_of_one_process_is_the_error_of_all(pools: Pools, kind: str) ->
     of_first_rank, *of_others = pools[3].run(errors_of_fault, kind)
     assert of_others == [of_first_rank] * 2
     first, again = of_first_rank
-    assert first == again  # nothing was taken as agreed
+    assert first == again  # a refused call is not remembered as checked
     for part in FAULTS[kind].shown:
         assert part in first
 

@@ -369,8 +369,9 @@ class Eigenbases:
             dimensions = side.vectors.shape[1]
             if ridge == 0 and dimensions >= sums.pairs - 1:  # centred rows span no more
                 raise ValueError(
-                    f"{side.name}_ridge=0 needs at least two pairs more than dimensions, or any pairs are "
-                    f"fitted; got {sums.pairs} pairs in {dimensions} dimensions: give a ridge above 0"
+                    f"{side.name}_ridge=0 needs at least two pairs more than dimensions in which the "
+                    f"features vary, or any pairs are fitted; got {sums.pairs} pairs and {dimensions} "
+                    "dimensions: give a ridge above 0"
                 )
         D_v, D_t = images.weights(image_ridge), texts.weights(text_ridge)  # the diagonals
         U, S, Vh = torch.linalg.svd(D_v[:, None] * self._cross * D_t, full_matrices=False)
@@ -493,8 +494,9 @@ class CanonicalCorrelation:
         Raises:
             TypeError: Features are no tensors.
             ValueError: There are fewer than three pairs, the features differ in length, have NaN or a row of
-                zeros, or are equal in all rows; dimensions are above a width; a ridge or the power is
-                negative or not finite; a ridge is 0, and the pairs are not two more than the dimensions.
+                zeros, or are equal in all rows; ``dimensions`` are above a width; a ridge or the power is
+                negative or not finite; a ridge is 0, and there are not at least two pairs more than
+                dimensions in which its features vary; or the covariance C_vt is 0.
 
         Example:
             >>> shared = torch.randn(200, 2)

@@ -32,8 +32,8 @@ def load(name: str, weights: str | None, device: torch.device) -> Teacher:
         device: The device that it computes on.
 
     Raises:
-        ValueError: The name is unknown, the weights do not fit, or the model gives no vector per picture, or
-            another one each time.
+        ValueError: The name is unknown, the weights do not fit, or the model gives no vector per picture, one
+            with NaN or infinity, or another one each time.
         ImportError: A package is not installed.
     """
     name = packages.SHORT.get(name, name)
@@ -46,6 +46,8 @@ def load(name: str, weights: str | None, device: torch.device) -> Teacher:
         first, second = encode(probe), encode(probe)
     if first.dim() != 2:
         raise ValueError(f"its output must be one vector per picture; got shape {tuple(first.shape)}")
+    if not first.isfinite().all():
+        raise ValueError("its features of a picture have NaN or infinity: its weights may be damaged")
     if not torch.equal(first, second):
         raise ValueError("it gives other features of the same picture each time: its forward pass is random")
     encoder = image_encoder(transform, encode, first.shape[1], device)

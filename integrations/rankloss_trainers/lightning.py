@@ -75,7 +75,7 @@ class Progress(Callback):
         self._tellers: list[Any] = []  # the methods to call, bound to the parts of losses that have them
         self._end = 0  # the last step or epoch
         self._told = 0  # the last one that was told, since an accumulated batch is no step of its own
-        self._training = ""  # the losses with their course
+        self._training = ""  # for the checkpoint: a line of the losses and their course; none before training
         self._training_before: str | None = None  # that of the checkpoint that is resumed from
 
     def on_sanity_check_start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -219,7 +219,10 @@ def _has_last_batch(loader: Any) -> bool:
 
 
 def _is_reached(trainer: Any, batches: int) -> bool:
-    """True if a run reads the last of so many batches of an epoch."""
+    """True if a run reads the last of so many batches of an epoch, as far as its start can tell.
+
+    A ``GradientAccumulationScheduler`` may let it read more.
+    """
     batches_of_run = trainer.max_steps * trainer.accumulate_grad_batches  # negative without max_steps
     is_in_run = batches_of_run < 0 or batches_of_run >= batches
     return bool(is_in_run and trainer.num_training_batches >= batches)

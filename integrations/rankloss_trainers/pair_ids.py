@@ -22,17 +22,17 @@ _PLACES = 2**16  # of a text or a row that have factors of their own; later plac
 def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
     """The ids of a batch or a whole column: ``[N]``, int64, the same on all processes and in every run.
 
-    Integers are ids as they are. A text, such as a caption or a file name, has 64 bits of its hash. Texts are
-    equal to the last character.
+    Integers are ids as they are. A text, such as a caption or a file name, has 64 bits of its hash. Texts
+    share an id if they are equal in every character, spaces and case included.
 
     Args:
         values: N texts, N integers of Python or NumPy, or a tensor of integers ``[N]``.
         column: The name of the column, for the errors.
 
     Raises:
-        ValueError: for floats, booleans, missing values, texts beside integers, integers beyond 64 bits, a
-            tensor that is no vector, one text in place of several, or an empty text, which as a caption,
-            under the name :data:`CAPTIONS`, is one like any other.
+        ValueError: for floats, booleans, missing values, texts beside integers, integers beyond int64, a
+            tensor that is no vector, one text in place of several, or a blank text, unless the column is
+            :data:`CAPTIONS`.
 
     Example:
         >>> ids = make_ids(["a cat", "a dog", "a cat"], "caption")
@@ -48,7 +48,12 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
         if values.dim() != 1 or not are_integers:
             shown = f"{values.dtype} {list(values.shape)}".removeprefix("torch.")
             raise ValueError(f"ids of pairs must be integers [N]; column {column} has {shown}")
-        return values.long()
+        ids_of_tensor = values.long()
+        wraps = values.dtype == torch.uint64 and bool((ids_of_tensor < 0).any())
+        if wraps:
+            row = int((ids_of_tensor < 0).int().argmax())
+            raise ValueError(_beyond_int64(values[row].item(), row, column))
+        return ids_of_tensor
     ids = []
     for row, value in enumerate(values):
         _check_id(value, row, column)
@@ -63,12 +68,17 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
 
 
 def _check_id(value: Any, row: int, column: str) -> None:
-    """Raise a ValueError for a value that is neither a text nor an integer of 64 bits."""
+    """Raise a ValueError for a value that is neither a text nor an integer within int64."""
     if column == CAPTIONS and isinstance(value, str):
         return  # also an empty one, which check_id refuses in any other column
     check_id(f"ids in column {column}", value, row)
     if not isinstance(value, str) and not _SMALLEST <= int(value) <= _LARGEST:
-        raise ValueError(f"ids of pairs must have 64 bits; column {column} has {value} in row {row}")
+        raise ValueError(_beyond_int64(value, row, column))
+
+
+def _beyond_int64(value: Any, row: int, column: str) -> str:
+    """The error of an integer that int64 does not hold."""
+    return f"ids of pairs must be within int64; column {column} has {value} in row {row}"
 
 
 def hash_tokens(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:

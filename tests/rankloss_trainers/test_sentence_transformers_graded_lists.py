@@ -294,13 +294,13 @@ def test_a_scale_of_0_is_refused() -> None:
         RankedListsLoss(model, scale=0.0)(features, None)
 
 
-def test_the_model_card_names_a_loss_of_lists_with_its_options_and_its_paper() -> None:
+def test_a_loss_of_lists_gives_the_model_card_its_options_and_its_paper() -> None:
     loss = RankedListsLoss(tiny_model(), RankedLists(model="top_one"), mini_batch_size=4)
     assert "model='top_one'" in loss.get_config_dict()["criterion"]
     assert "Listwise Approach" in loss.citation
 
 
-def test_the_model_card_names_a_loss_of_pairs_with_its_options_and_its_paper() -> None:
+def test_a_loss_of_pairs_gives_the_model_card_its_options_and_its_paper() -> None:
     loss = ContrastiveLoss(tiny_model(), "rankclip", {"top_k": 3})
     assert loss.get_config_dict()["options"]["rankclip"]["top_k"] == 3
     assert "RankCLIP" in loss.citation
