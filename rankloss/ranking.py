@@ -233,10 +233,10 @@ class WorthSums:
     """
 
     def __init__(self, ranking: Ranking, scores: Tensor) -> None:
-        """Scores in the slots' order; they are overwritten."""
-        counted = scores if ranking.counted is None else scores * ranking.counted
+        """Scores in the order of ``ranking.order``, of the items without it; they are overwritten."""
+        counted_scores = scores if ranking.counted is None else scores * ranking.counted
         self._ranking = ranking
-        self._counted_scores = counted.sum(-1, keepdim=True)
+        self._counted_scores = counted_scores.sum(-1, keepdim=True)
         self._worths = scores.exp_()
         self._denominators = ranking.denominators(self._worths)
         self.log_sum = self._denominators[..., -1:].log()

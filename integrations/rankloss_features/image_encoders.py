@@ -135,15 +135,19 @@ def _transformers(name: str, weights: str | None, device: torch.device) -> Loade
 
 
 def _image_features(model: Any, has_pooler: bool, pixels: Tensor) -> Tensor:
-    """The image features of a model of transformers: ``[n, width]``."""
+    """The image features of a model of transformers: ``[n, width]``.
+
+    Of a model of images alone they are the pooled output. The first token stands for it without a pooler, and
+    with one whose weights are random, for which ``has_pooler`` is False.
+    """
     features: Tensor
     if hasattr(model, "get_image_features"):
         output = model.get_image_features(pixel_values=pixels)
         features = output if isinstance(output, Tensor) else output.pooler_output  # since transformers 5
-        return features
-    output = model(pixel_values=pixels)
-    pooled = output.get("pooler_output") if has_pooler else None
-    features = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+    else:
+        output = model(pixel_values=pixels)
+        pooled = output.get("pooler_output") if has_pooler else None
+        features = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
     return features
 
 

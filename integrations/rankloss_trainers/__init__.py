@@ -23,13 +23,14 @@ def create(
     Args:
         name: A loss of the catalogue, or several joined by ``+``; ``rankloss losses`` lists them. ``"clip"``
             and ``"siglip"``, alone or as the first of joined ones, are the losses of pairs.
-        base: The loss to stand on. None: :class:`rankloss.ClipLoss`.
+        base: The loss to stand on. None: :class:`rankloss.SigLipLoss` for ``"siglip"``, alone or joined, and
+            a loss that needs it; else :class:`rankloss.ClipLoss`.
         teacher: A folder of ``rankloss features``, or of
             :func:`rankloss_features.caching.compute_features`, whose rows each call gives as
             ``reference_image_features`` and ``reference_text_features``.
         gather: See :class:`rankloss.Gather`. None: the base's, else ``Gather()``.
-        **options: Options by their names without prefix, those of joined losses by loss; ``rankloss losses
-            NAME`` lists them.
+        **options: Options by their names without prefix, those of joined losses by loss, as
+            ``rankclip={"top_k": 8}``; ``rankloss losses NAME`` lists them.
 
     Returns:
         A module that is called with ``image_features``, ``text_features`` and ``logit_scale``, and is told
@@ -38,7 +39,8 @@ def create(
         call with them.
 
     Raises:
-        TypeError: The name is no text, or the loss has no such option.
+        TypeError: The name is no text, the loss has no such option, or those of joined losses are not given
+            by loss.
         ValueError: There is no such loss, an option has another value, only a trainer can serve it, options
             exclude each other, or the loss does not work on the base.
 

@@ -118,11 +118,15 @@ def _is_a(name: str, loss: Any) -> bool:
 def _check_no_softmax(module: nn.Module, biased: str) -> None:
     """Raise a ValueError for a module whose loss of pairs would not depend on the bias."""
     below = innermost(module)
-    if _is_a("ClipLoss", below):
-        name, of_pairs = type(module).__name__, type(below).__name__
-        stands = "it is" if below is module else f"it stands on {of_pairs},"
-        remedy = "give SigLipLoss" if below is module else f"give {name} a SigLipLoss as base"
-        raise ValueError(f"{name} does not work with {biased}: {stands} a softmax loss; {remedy}")
+    if not _is_a("ClipLoss", below):
+        return
+    name = type(module).__name__
+    text = f"{name} does not work with {biased}"
+    if below is module:
+        raise ValueError(f"{text}: it is a softmax loss; give SigLipLoss")
+    raise ValueError(
+        f"{text}: it stands on {type(below).__name__}, a softmax loss; build {name} on a SigLipLoss"
+    )
 
 
 def _check_replaced(loss: Loss, base: Any) -> None:

@@ -44,7 +44,7 @@ class CreatedLoss(nn.Module):
     def __init__(self, loss: nn.Module, base: Any) -> None:
         super().__init__()
         self.loss = loss
-        self._held_base = [base]  # in a list, so that it is no submodule: a loss that replaces it lacks it
+        self._held_base = [base]  # in a list, so that it is no submodule: a loss may replace it
 
     @property
     def base(self) -> Any:

@@ -180,7 +180,7 @@ class AddedTerms(OwnTerms):
     def entries_of_base(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         """The base's entries, as :func:`base_entries` gives them for the same arguments but the base.
 
-        A subclass may refuse some.
+        A subclass overrides it to refuse a base by its entries, with a ValueError.
         """
         return base_entries(self.base, *inputs, **named)
 

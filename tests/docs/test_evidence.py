@@ -514,7 +514,8 @@ def mimicry_in_short_and_long() -> list[str]:
     return [
         f"{own['emojis, 250']} | {own['emojis, 250, eight times the epochs']} |",
         f"{own['photographs, 250']} | {own['photographs, 250, four times the epochs']} |",
-        f"{own['icons, 64']} | {own['icons, 250, eight times the epochs']}",
+        f"| icons, 64 | {own['icons, 64']} | – |",
+        f"| icons, 250 | – | {own['icons, 250, eight times the epochs']};",
     ]
 
 

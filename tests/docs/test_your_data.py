@@ -159,7 +159,7 @@ def test_the_numbers_of_the_pages_evaluation_are_the_commands(done: Done) -> Non
         assert float(of_page) == pytest.approx(float(of_command), abs=two_pictures)
 
 
-def test_loras_checkpoint_is_an_ordinary_clip_whose_attention_was_trained(done: Done) -> None:
+def test_loras_checkpoint_is_an_ordinary_clip_with_trained_attention_and_projections(done: Done) -> None:
     transformers = pytest.importorskip("transformers")
     start, trained = (
         transformers.AutoModel.from_pretrained(done.folder / name).state_dict()
@@ -167,12 +167,14 @@ def test_loras_checkpoint_is_an_ordinary_clip_whose_attention_was_trained(done: 
     )
     assert start.keys() == trained.keys()
     changed = {name for name in start if not torch.equal(start[name], trained[name])}
-    layers = {".".join(name.split(".")[-2:]) for name in changed}
+    layers = {(name.split(".")[0], name.split(".")[-2]) for name in changed}
     assert layers == {
-        "q_proj.weight",
-        "v_proj.weight",
-        "visual_projection.weight",
-        "text_projection.weight",
+        ("vision_model", "q_proj"),
+        ("vision_model", "v_proj"),
+        ("text_model", "q_proj"),
+        ("text_model", "v_proj"),
+        ("visual_projection", "visual_projection"),
+        ("text_projection", "text_projection"),
     }
 
 

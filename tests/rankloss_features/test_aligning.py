@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -501,10 +502,13 @@ def test_the_best_setting_is_fitted_to_all_pairs_and_to_those_that_were_not_held
 
 def test_every_setting_of_the_grid_is_tried() -> None:
     v, t, pictures = features_of_pairs(150)
-    settings = 2 * 2 * 2  # of GRID: ridges of pictures, ridges of texts, dimensions; one power
-    roots = 2  # each of features and of their square roots
     trials = tuned(taking(v, t), pictures, grid=GRID).trials
-    assert len(trials) == len({trial.setting for trial in trials}) == settings * roots
+    on_features_and_on_their_roots = (False, True)
+    expected = itertools.product(
+        GRID.image_ridges, GRID.text_ridges, GRID.dimensions, GRID.powers, on_features_and_on_their_roots
+    )
+    tried = [dataclasses.astuple(trial.setting) for trial in trials]
+    assert sorted(tried) == sorted(expected)
 
 
 def test_a_tenth_of_the_pictures_is_held_out_with_all_captions() -> None:

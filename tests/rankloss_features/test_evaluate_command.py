@@ -505,11 +505,14 @@ def test_a_missing_id_is_named(sample_folder: Path, tmp_path: Path, capsys: Any)
 
 def test_a_picture_of_two_ids_is_named(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
     rows = read_csv(sample_folder / "val.csv")
-    rows[1].update(filepath=rows[0]["filepath"], product="other")
+    picture, product = rows[0]["filepath"], rows[0]["product"]
+    rows[1].update(filepath=picture, product="other")
     error = refusal(
         capsys, run_evaluate(sample_folder, write_csv(tmp_path / "x.csv", rows), "--ids-key", "product")
     )
-    assert re.search("row 1: the picture .* has the id 'other' here, and", error)
+    name = os.path.basename(picture)
+    of_row_1 = f"row 1: the picture '{name}' has the id 'other' here"
+    assert f"{of_row_1}, and '{product}' in row 0, as '{name}'" in error
 
 
 def test_a_folder_of_transformers_is_evaluated_as_the_library_embeds(

@@ -674,7 +674,7 @@ def test_softmax_given_as_a_module_is_refused_on_a_sigmoid_base() -> None:
     sigmoid = rankloss.SigLipLoss()
     for module, reason in (
         (rankloss.ClipLoss(), "it is a softmax loss; give SigLipLoss"),
-        (TinyLoss(rankloss.RankClipLoss()), "it stands on ClipLoss, a softmax loss; give TinyLoss a SigLip"),
+        (TinyLoss(rankloss.RankClipLoss()), "it stands on ClipLoss, a softmax loss; build TinyLoss on a"),
         (rankloss_trainers.create("clip+mimicry"), "it stands on ClipLoss, a softmax"),
     ):
         with pytest.raises(ValueError, match=f"{type(module).__name__} .* --siglip: {reason}"):

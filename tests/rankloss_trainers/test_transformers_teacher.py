@@ -192,7 +192,7 @@ def test_columns_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) 
         next(iter(build_trainer(tmp_path, pairs=bad, dataloader_num_workers=1).get_train_dataloader()))
 
 
-def test_data_of_no_folder_of_another_or_of_two_teachers_are_refused(tmp_path: Path) -> None:
+def test_two_teachers_unbound_data_and_data_of_another_folder_are_refused(tmp_path: Path) -> None:
     path = write_teacher_folder(
         tmp_path / "x", captioned(), teacher_features(), image_column="image", caption_column="caption"
     )
