@@ -172,7 +172,7 @@ def test_a_session_installs_every_package_without_which_a_trainers_tests_cannot_
 
 
 @pytest.mark.parametrize("extra", versions_of_sessions())
-def test_no_extra_claims_a_major_version_that_no_session_tests(extra: str) -> None:
+def test_a_trainers_extra_ends_at_the_newest_major_version_that_a_session_tests(extra: str) -> None:
     newest = versions_of_sessions()[extra][-1]
     major, _, _ = newest.partition(".")
     requirement_of_trainer = EXTRAS[extra][0]  # "name>=lowest,<next major"

@@ -484,7 +484,9 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
     place = Path(folder)
     about = _read(place)
     file = _weights_file(place, about)
-    weights = file.read_bytes() if file.is_file() else b""
+    if not file.is_file():
+        raise ValueError(f"{file}, which {ABOUT} names, is missing: train the heads again")
+    weights = file.read_bytes()
     if hash_of(weights).hex() != about["hash"]:
         raise ValueError(f"{file} is not as it was written with {ABOUT}: train the heads again")
     encoders = Encoders(**about["encoders"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"rankloss sample: {error}", file=sys.stderr)
         return 1
     print(f"{output} has train.csv, val.csv, pictures and tiny models. Try:")
-    print(f"rankloss evaluate --model local-dir:{output}/open_clip --data {output}/val.csv --ids-key product")
+    model, pairs = f"local-dir:{output}/open_clip", f"{output}/val.csv"
+    print(shlex.join(["rankloss", "evaluate", "--model", model, "--data", pairs, "--ids-key", "product"]))
     return 0
 
 

@@ -143,10 +143,13 @@ class Teaching:
                 raise ValueError(f"the data have {column}, which {self.name} does not use{hint}")
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The teacher's features among the inputs of a loss, whose parts get the components to copy them.
+        """Check and return the teacher's features of a batch, by their names.
+
+        The first features also give the parts that copy them their matrix, ``components``.
 
         Raises:
-            ValueError: There are none and the loss needs them, or it does not use them.
+            ValueError: There are none and the loss needs them, or it does not use them; or one of the two is
+                not there, and a column of the data is called nearly so or is not in the batch.
         """
         features = {name: batch[name] for name in TEACHER if batch.get(name) is not None}
         self._check_use(features)

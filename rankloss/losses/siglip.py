@@ -128,7 +128,7 @@ class SigLipLoss(StreamedLoss):
         return mean_of_rows(row_loss, inputs, first_row, self._options.chunk_size, factors)
 
     def _pairs(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of this process's rows, and all texts."""
+        """The images of the rows that this process computes, its own or all, and all texts."""
         # Images are rows, texts are not: a process's own texts get their gradient through the gathering.
         rows = images if self.gather.anchors_are_local else self.gather.items(images)
         return rows, self.gather.items(texts, are_anchors=False)

@@ -352,8 +352,8 @@ def words_of_refusal(keys: tuple[Any, ...], value: Any) -> str:
     sizes = ("image_features", "hidden", "width")
     if keys[-1] in sizes and value in (7, 2**40):
         return "safetensors does not fit: "
-    if keys == ("hash",) and value == "0" * 32:
-        return "is not as it was written with heads.json"
+    if keys == ("hash",) and value == "0" * 32:  # the weights' file has its beginning in its name
+        return "heads-0+.safetensors, which heads.json names, is missing"
     if keys == ("method",) and value is ABSENT:  # as in an earlier release, which has no parts
         return "heads.json is damaged: 'parts' must be"
     return rf"heads.json(:| is damaged:) .*{keys[0]}"

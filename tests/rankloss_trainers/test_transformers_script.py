@@ -120,7 +120,8 @@ def test_the_script_logs_the_schedule_and_the_option_that_was_typed(ranked: Path
     expected = [schedules.rankclip(step, 8) for step in range(1, 9)]
     assert [line["rank_lambda"] for line in lines] == pytest.approx(expected)
     last = lines[-1]
-    weighted = 0.5 / 16 * last["rank_lambda"] * last["in_modal_raw"]
+    lambda_in, normalizer = 0.5, 1 / 16  # typed in ranked; the default of RankClipLoss
+    weighted = lambda_in * normalizer * last["rank_lambda"] * last["in_modal_raw"]
     assert last["in_modal_loss"] == pytest.approx(weighted, rel=1e-4)
 
 
