@@ -48,12 +48,10 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
         if values.dim() != 1 or not are_integers:
             shown = f"{values.dtype} {list(values.shape)}".removeprefix("torch.")
             raise ValueError(f"ids of pairs must be integers [N]; column {column} has {shown}")
-        ids_of_tensor = values.long()
-        wraps = values.dtype == torch.uint64 and bool((ids_of_tensor < 0).any())
-        if wraps:
-            row = int((ids_of_tensor < 0).int().argmax())
-            raise ValueError(_beyond_int64(values[row].item(), row, column))
-        return ids_of_tensor
+        if values.dtype == torch.uint64:  # of which some are beyond int64
+            for row, value in enumerate(values.tolist()):
+                _check_id(value, row, column)
+        return values.long()
     ids = []
     for row, value in enumerate(values):
         _check_id(value, row, column)
@@ -73,12 +71,7 @@ def _check_id(value: Any, row: int, column: str) -> None:
         return  # also an empty one, which check_id refuses in any other column
     check_id(f"ids in column {column}", value, row)
     if not isinstance(value, str) and not _SMALLEST <= int(value) <= _LARGEST:
-        raise ValueError(_beyond_int64(value, row, column))
-
-
-def _beyond_int64(value: Any, row: int, column: str) -> str:
-    """The error of an integer that int64 does not hold."""
-    return f"ids of pairs must be within int64; column {column} has {value} in row {row}"
+        raise ValueError(f"ids of pairs must be within int64; column {column} has {value} in row {row}")
 
 
 def hash_tokens(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:

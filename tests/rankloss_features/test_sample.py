@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,14 @@ def test_the_command_writes_the_folder_and_names_a_command_to_try(tmp_path: Path
     assert main(["sample", "--output", str(tmp_path / "new")]) == 0
     assert f"rankloss evaluate --model local-dir:{tmp_path}/new/open_clip" in capsys.readouterr().out
     assert (tmp_path / "new/val.csv").is_file()
+
+
+def test_the_command_to_try_is_quoted_for_a_shell(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "with a space"
+    assert main(["sample", "--output", str(folder)]) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    words = ["--model", f"local-dir:{folder}/open_clip", "--data", f"{folder}/val.csv"]
+    assert shlex.split(command) == ["rankloss", "evaluate", *words, "--ids-key", "product"]
 
 
 def test_a_folder_with_files_is_left_alone(tmp_path: Path, capsys: Any) -> None:
