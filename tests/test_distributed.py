@@ -520,10 +520,10 @@ def shares_and_wholes(request: pytest.FixtureRequest, pools: Pools) -> list[dict
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_every_option_of_shares_is_that_of_the_whole_batch(
+def test_with_every_option_the_mean_of_shares_is_the_whole_batchs(
     shares_and_wholes: list[dict[str, Any]], name: str
 ) -> None:
-    """The mean over the ranks of the values of their shares is the value of one process with all pairs."""
+    """Values and gradients, averaged over the ranks, are those of one process with all pairs."""
     of_shares = [of_rank[name][0] for of_rank in shares_and_wholes]
     _, expected = shares_and_wholes[0][name]  # every rank has computed the same of the whole batch
     tolerance = 1e-5 if SHARDED[name].dtype == F32 else 1e-10

@@ -373,7 +373,7 @@ def _print_course(made: Made, groups: str) -> None:
 
 
 def _print_losses(losses: list[float]) -> None:
-    """Print the loss of some five epochs, and of the last, each once."""
+    """Print the loss of each of up to nine epochs, of six to eight of more, the last among them."""
     some_epochs = range(1, len(losses) + 1, max(1, len(losses) // 5))
     for epoch in sorted({*some_epochs, len(losses)}):
         print(f"epoch {epoch}: loss {losses[epoch - 1]:.3f}")

@@ -58,7 +58,10 @@ def problems() -> list[str]:
 
 
 def patch(module: ModuleType) -> None:
-    """Patch a loaded module of :data:`SEAMS`, and keep an error instead of raising it."""
+    """Patch a loaded module of :data:`SEAMS`, and keep an error instead of raising it.
+
+    The parser of a trainer that could not be patched refuses ``--loss``.
+    """
     try:
         _patch_or_raise(module)
     except Exception as error:

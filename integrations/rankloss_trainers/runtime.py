@@ -395,7 +395,7 @@ class Runtime(nn.Module):
     def saved(self) -> dict[str, Any]:
         """The name of the loss, a copy of its state on the CPU, and its options and course, as text.
 
-        Of tensors, texts and containers only.
+        Of tensors, texts, None and containers only; ``training`` is None before the first training begins.
         """
         copies = {}
         for key, tensor in self.criterion.state_dict().items():

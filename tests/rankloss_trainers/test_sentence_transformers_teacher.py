@@ -195,7 +195,6 @@ def test_labels_of_a_folder_without_the_callback_that_checks_them_are_an_error(
     path, data = bound
     model = tiny_model()
     loss = ContrastiveLoss(model, "rankclip", RANKED, teacher=path)
-    loss.run.set_progress(1, 1)
     with pytest.raises(RuntimeError, match=r"the columns were not compared .*Progress"):
         loss([model.preprocess(["word1", "word2"])] * 2, torch.tensor(data["label"][:2]))
 

@@ -664,12 +664,12 @@ def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
     given: dict[str, Any] = {"max_steps": 3, "loss_options": {"schedule": "constant"}, **SGD}
     given["eval_dataset"] = Pairs(8)
     single = train(tmp_path, **given)
+    model = make(dtype)
 
     def collate(examples: Any) -> Any:
         batch = transformers.default_data_collator(examples)
         return {**batch, "pixel_values": batch["pixel_values"].to(model.dtype)}
 
-    model = make(dtype)
     trained = train(tmp_path, model=model, data_collator=collate, **given)
     assert logged_values(trained, "loss") == pytest.approx(logged_values(single, "loss"), rel=tolerance)
     evaluated, expected = (x.evaluate()["eval_loss"] for x in (trained, single))
@@ -908,7 +908,7 @@ def test_checkpoint_of_another_loss_is_told_of(tmp_path: Path, caplog: pytest.Lo
     assert "holds the state of the loss clip-streamed: the state of Remembering starts anew" in caplog.text
 
 
-def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
+def test_a_resumed_run_of_another_length_or_loss_is_one_warning_that_shows_both(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}

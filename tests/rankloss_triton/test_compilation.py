@@ -41,15 +41,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return kernels
 
 
-def test_two_registers_spill_at_most(compiled: list[dict[str, Any]]) -> None:
-    """On Hopper, as the runtime compiles: the ranks of lists of 1,024 items need 130 of 128 registers."""
+def test_two_registers_spill_in_one_kernel_or_none(compiled: list[dict[str, Any]]) -> None:
+    """On Hopper, as the runtime compiles: the sorting kernel, plain, spills at 1,024 items."""
     bytes_of_stack = {
         (kernel["kernel"], kernel["N"], kernel["plain"]): kernel["stack"]
         for kernel in compiled
         if kernel["stack"]
     }
     two_registers = 2 * 4  # bytes
-    # None where Triton's assembler is another version's.
+    # Empty where Triton's assembler is another version's.
     assert bytes_of_stack in ({}, {("sorted_rows", 1024, True): two_registers})
     # The other place to spill to.
     assert [kernel for kernel in compiled if kernel["local"]] == []

@@ -31,11 +31,11 @@ def collate_pairs(
             there is no folder; the features are no teacher's; there is no column of ids, or its values are
             no ids.
     """
-    names = list(examples[0]) if isinstance(examples[0], Mapping) else []
+    column_names = list(examples[0]) if isinstance(examples[0], Mapping) else []
     of_loss: dict[str, Any] = {}
     if features is not None:
-        of_loss.update(_rows_of(features, names, examples))
-    elif COLUMN in names:
+        of_loss.update(_features_of(features, column_names, examples))
+    elif COLUMN in column_names:
         raise ValueError(f"the data have {COLUMN}, of a folder that no option teacher names")
     if key is not None:
         of_loss["pair_ids"] = _ids_of(key, examples)
@@ -56,14 +56,15 @@ def _without(columns: Collection[str | None], examples: Any) -> list[dict[str, A
     return [{name: example[name] for name in example if name not in columns} for example in examples]
 
 
-def _rows_of(features: Features, names: list[str], examples: Any) -> dict[str, Any]:
+def _features_of(features: Features, column_names: list[str], examples: Any) -> dict[str, Any]:
     """The features of the rows that examples are bound to."""
-    columns = [name for name in TEACHER if name in names]
-    if columns:
-        raise ValueError(f"teacher {features.path!r} and {', '.join(columns)} are two teachers")
-    if COLUMN not in names:
+    given = [name for name in TEACHER if name in column_names]
+    if given:
+        raise ValueError(f"teacher {features.path!r} and {', '.join(given)} are two teachers")
+    if COLUMN not in column_names:
         bind = f"rankloss_features.bind(dataset, {features.path!r})"
-        raise ValueError(f"the data have no column {COLUMN}, which {bind} adds; they have {', '.join(names)}")
+        have = ", ".join(column_names)
+        raise ValueError(f"the data have no column {COLUMN}, which {bind} adds; they have {have}")
     arrays = [np.asarray(example[COLUMN]) for example in examples]  # of lists, or of a format's tensors
     return references(features, np.array(arrays, np.int64))
 

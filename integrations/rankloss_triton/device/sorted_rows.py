@@ -156,7 +156,10 @@ def merge_runs(
 
 @triton.jit
 def bisect(keys, key, least, most, inside, steps, ABOVE: tl.constexpr):
-    """The first place from least to most whose key is above a key, or not below it."""
+    """The first place in [least, most) whose key is > key, or ≥ key without ABOVE; most if there is none.
+
+    ``steps`` is at least 1 + ⌊log₂(most − least)⌋.
+    """
     for _ in range(0, steps):
         open_ = inside & (least < most)
         middle = (least + most) // 2
