@@ -268,10 +268,12 @@ def image_processor(name: str) -> Any:
     Raises:
         ValueError: It needs code of its own.
     """
-    from transformers import AutoImageProcessor
+    import transformers
 
+    # Some releases of transformers have types for it, others not.
+    processors: Any = transformers.AutoImageProcessor
     with without_code():
-        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        return processors.from_pretrained(name, trust_remote_code=False)
 
 
 def sentence_transformers_model(name: str, device: torch.device) -> Any:
