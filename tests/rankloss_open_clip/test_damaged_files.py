@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,13 +37,14 @@ START = [
 """The files that a program reads before its command line is known."""
 
 # The process imports torch and the trainer once, and runs each case in a fork of it, with modules of its own.
-# It prints one JSON list a case: the outcome, details of it, and the warnings of rankloss.
+# It reads a line a case, a JSON list, and answers with one: the outcome, details of it, and the warnings of
+# rankloss.
 RUN_OF_CASES = """
 import contextlib, json, os, sys, warnings
 from pathlib import Path
 import open_clip, open_clip_train.main
 
-folder, cases = Path(sys.argv[1]), json.load(sys.stdin)
+folder = Path(sys.argv[1])
 sys.path.insert(0, str(folder))
 sys.dont_write_bytecode = True
 ours = ("rankloss", "open_clip_train.params")
@@ -72,7 +73,8 @@ def outcome(program, words):
             return ["refused", repr(error), warned]
     return ["rankclip" if args.get("loss") else "clip", str(args.get("loss_dist_impl")), warned]
 
-for name, content, program, words in cases:
+for line in sys.stdin:
+    name, content, program, words = json.loads(line)
     file = folder / name
     whole = file.read_bytes()
     file.unlink()
@@ -84,7 +86,7 @@ for name, content, program, words in cases:
         os._exit(0)
     os.close(write)
     with open(read) as answer:
-        print(answer.read())
+        print(answer.read(), flush=True)
     os.wait()
     file.write_bytes(whole)
 """
@@ -114,7 +116,7 @@ Outcomes = Callable[[list[Case]], list[Outcome]]
 
 
 @pytest.fixture(scope="module")
-def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
     """A function that runs cases on a copy of our packages."""
     folder = tmp_path_factory.mktemp("damaged")
     for package in (ROOT / "rankloss", *(ROOT / "integrations").iterdir()):
@@ -122,22 +124,22 @@ def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
             shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     assert compileall.compile_dir(folder, quiet=1)  # once, not in each case
 
-    def run(cases: list[Case]) -> list[Outcome]:
-        environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", RUN_OF_CASES, str(folder)],
-            input=json.dumps(cases),
-            env=environment,
-            text=True,
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        outcomes = [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
-        assert len(outcomes) == len(cases)
-        return outcomes
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUN_OF_CASES, str(folder)]
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
 
-    return run
+        def run(cases: list[Case]) -> list[Outcome]:
+            outcomes = []
+            for case in cases:
+                print(json.dumps(case), file=process.stdin, flush=True)
+                outcomes.append(Outcome(*json.loads(process.stdout.readline())))
+            return outcomes
+
+        yield run
+        process.stdin.close()
+    assert process.returncode == 0
 
 
 def damages(file: str) -> dict[str, str | None]:
