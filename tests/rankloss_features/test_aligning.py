@@ -178,7 +178,7 @@ def test_the_features_of_an_aligned_folder_are_the_encoders_projected_by_its_pro
     cca = aligned.alignment
     assert cca is not None
     for stored, projected in zip(tensors_of(aligned), (cca.images(images), cca.texts(texts)), strict=True):
-        assert torch.equal(stored, projected.half())
+        torch.testing.assert_close(stored, projected.half())
 
 
 def test_the_projections_of_few_pairs_are_a_fit_of_them_with_the_default_setting(

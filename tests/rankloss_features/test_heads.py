@@ -866,24 +866,34 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
 # --- interruptions ------------------------------------------------------------------------------------------
 
 
+def has_weights_of(model: FrozenEncoders, other: FrozenEncoders) -> bool:
+    """True if both have the same heads, bit for bit.
+
+    Features are no test of that: a product may be rounded by where in memory the weights lie.
+    """
+    weights, expected = model.heads.state_dict(), other.heads.state_dict()
+    if weights.keys() != expected.keys():
+        return False
+    return all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
 def test_a_kill_at_any_step_of_a_saving_leaves_the_old_heads_or_the_new(folder: Path, tmp_path: Path) -> None:
     """At each step in turn, until a saving has fewer steps; the next saving goes through."""
     old = load_heads(folder)
     widths = {name: encoder.width for name, encoder in old._frozen.encoders.items()}
     heads = make_heads(widths, hidden=16, width=8)
     new = FrozenEncoders(old.encoders, old._frozen, [Part.trained(heads, share=1.0)], scale=20.0)
-    expected = {"old": old.encode_texts(["a red circle"]), "new": new.encode_texts(["a red circle"])}
     left = []  # which heads each kill left
     for step in itertools.count(1):
         place = tmp_path / str(step)
         shutil.copytree(folder, place)
         if tiny.in_process(save_and_die, new, place, step) == 0:
             break
-        encoded = load_heads(place).encode_texts(["a red circle"])
-        (heads_left,) = [name for name, features in expected.items() if torch.equal(features, encoded)]
+        loaded = load_heads(place)
+        (heads_left,) = [name for name, x in {"old": old, "new": new}.items() if has_weights_of(loaded, x)]
         left.append(heads_left)
         new.save(place)
-        assert torch.equal(load_heads(place).encode_texts(["a red circle"]), expected["new"])
+        assert has_weights_of(load_heads(place), new)
     olds = left.count("old")
     assert 0 < olds < len(left)  # there is a kill before the new heads stand, and one after
     assert left == ["old"] * olds + ["new"] * (len(left) - olds)
