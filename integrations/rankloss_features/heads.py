@@ -486,9 +486,13 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
     file = _weights_file(place, about)
     if not file.is_file():
         raise ValueError(f"{file}, which {ABOUT} names, is missing: train the heads again")
-    weights = file.read_bytes()
-    if hash_of(weights).hex() != about["hash"]:
+    content = file.read_bytes()
+    if hash_of(content).hex() != about["hash"]:
         raise ValueError(f"{file} is not as it was written with {ABOUT}: train the heads again")
+    try:
+        stored = opening.tensors_of(content)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     encoders = Encoders(**about["encoders"])
     teacher = encoders.load(torch.device(device), _BATCH_SIZE)
     for name, value in _hashes(about["weights"]).items():
@@ -497,13 +501,16 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
                 f"{folder} was trained on {name} {value}; the encoder that is found has "
                 f"{teacher.about.get(name)}"
             )
-    probing.check_same(f"{folder} was trained on", opening.tensors_of(weights), teacher)
+    probing.check_same(f"{folder} was trained on", stored, teacher)
     # On the meta device modules take no memory, whatever widths the file names; its weights come into them.
     with torch.device("meta"):
         parts = [_part(entry, about["widths"]) for entry in about["parts"]]
     is_of_an_earlier_release = "method" not in about
-    convert = _constants_of_batch_norm if is_of_an_earlier_release else _of_heads
-    opening.load_safetensors(joined(parts), file, convert)
+    weights = _constants_of_batch_norm(stored) if is_of_an_earlier_release else _of_heads(stored)
+    try:
+        joined(parts).load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit: {error}") from error
     for part in parts:
         for module in part.modules.values():
             module.float()  # whatever dtype the file has

@@ -212,29 +212,6 @@ def tensors_of(content: bytes) -> dict[str, Tensor]:
         raise ValueError(str(error)) from error
 
 
-def load_safetensors(
-    model: nn.Module, file: Path, convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-) -> None:
-    """Let a model have its weights, all of them, from a file of safetensors; it may be on the meta device.
-
-    Args:
-        model: The model.
-        file: The file.
-        convert: From the weights in the file to the model's, or None.
-
-    Raises:
-        ValueError: The file is damaged, or has other weights than the model.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(file)
-        model.load_state_dict(weights if convert is None else convert(weights), assign=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{file} does not fit: {error}") from error
-
-
 def transformers_model(name: str) -> tuple[Any, dict[str, Any]]:
     """A model of transformers, by its folder or its name on a hub, and the report of its weights.
 
