@@ -10,7 +10,6 @@ import inspect
 import math
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import pytest
@@ -443,11 +442,10 @@ def test_the_help_has_those_options_of_another_package_that_can_be_typed(
 
 
 def test_name_of_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    register(monkeypatch, mine=a_loss)
-    (first,) = catalog.known()["mine"]
-    other = SimpleNamespace(**{**vars(first), "value": "y:mine"})  # the entry point of another object
-    monkeypatch.setattr(catalog, "known", lambda: {"mine": (first, other)})
-    with pytest.raises(ValueError, match="mine is registered by both"):
+    points = [EntryPoint("mine", f"{module}:mine", catalog.GROUP) for module in "xy"]
+    monkeypatch.setattr(catalog.metadata, "entry_points", lambda group: points)
+    monkeypatch.setattr(catalog, "known", catalog.known.__wrapped__)  # without the cache
+    with pytest.raises(ValueError, match="mine is registered by both unknown package and unknown package"):
         catalog.load("mine")
 
 

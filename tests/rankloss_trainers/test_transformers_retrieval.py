@@ -117,11 +117,15 @@ def test_a_picture_in_several_rows_is_no_answer_to_itself_by_ids(tmp_path: Path)
     assert {"eval_image_to_image_R@1", "eval_text_to_text_R@1"} < set(values)
 
 
-def test_a_caption_of_two_pictures_counts_as_wrong_beside_one_with_a_warning(tmp_path: Path) -> None:
+def test_without_ids_a_caption_finds_its_own_picture_alone_and_a_warning_says_so(tmp_path: Path) -> None:
     pairs = Pairs(NUMBER)
     pairs.columns["input_ids"][1] = pairs.columns["input_ids"][0]
+    with torch.no_grad():
+        output = tiny_clip().eval()(**pairs.batch())
+    expected = metrics.recall(output.image_embeds, output.text_embeds)
     with pytest.warns(InputWarning, match="1 captions of the evaluation repeat that of another picture"):
-        evaluated(tmp_path, pairs)
+        values = evaluated(tmp_path, pairs)
+    assert values == pytest.approx({f"eval_{name}": value.item() for name, value in expected.items()})
 
 
 def test_pairs_of_one_id_are_partners_in_an_evaluation(tmp_path: Path) -> None:

@@ -301,6 +301,9 @@ def test_two_encoders_that_are_aligned_teach_losses_that_need_a_common_space(
     """Their features are computed by the flag, or are those of the folder that this has left."""
     given = {"loss": loss, "max_steps": 2, **SGD}
     by_flag = train(tmp_path, pairs=joined(captioned()), teacher="image=a,text=b,align", **given)
+    for name in loss.split("+"):
+        term = {"mimicry": "mimicry_loss", "rankclip-distill": "cross_modal_loss"}[name]
+        assert logged_values(by_flag, term)[0] > 0
     (about,) = cache.glob("*align*/folder.json")
     bound = joined(bind(captioned(), str(about.parent)))
     by_folder = train(tmp_path, pairs=bound, teacher=str(about.parent), **given)
