@@ -799,7 +799,7 @@ class Draft(Pairs):
         return Path(self.path, f"shard-{shard:05}.json")
 
     def _hashes_of(self, shard: int) -> dict[str, Any]:
-        """The hashes of a shard's files as they were written, by the names of the files.
+        """The hashes of a shard's files as they were written, by the files' names; None for one unknown.
 
         They stand in the shard's mark, or without one in ``folder.json`` of a folder that is complete.
 

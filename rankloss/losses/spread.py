@@ -27,9 +27,10 @@ class SpreadLoss(AddedTerms):
     pushes similar items of a modality apart until all are equally far from each other, without a teacher. The
     scale s is a constant in it: it gets its gradient from the base alone.
 
-    No N × N matrix is held: σ follows from the mean and the covariance of the features, N·D + D² numbers. A
-    batch of at most D pairs has the smaller matrix of similarities, which is computed instead. Over
-    processes, means and covariances are summed, D + D² numbers a modality, forward and backward.
+    With more than D pairs no N × N matrix is held: σ follows from the mean and the covariance of the
+    features, N·D + D² numbers. Of at most D pairs the matrix of similarities is the smaller one, and is
+    computed. Over processes, means and covariances are summed, D + D² numbers a modality, forward and
+    backward.
 
     The term is computed in float32 at least, under autocast too. Under ``torch.compile`` the loss is one call
     between two graphs.
