@@ -63,7 +63,8 @@ def embedding_in(
     Within the context the model gives the features of the whole batch in place of its own output.
 
     Args:
-        model: The model, without its wrappers. It is called by keywords, or with one dict of columns.
+        model: The model, without its wrappers. It is called by keywords, or with one dict of columns, beside
+            which further arguments reach it with each mini-batch.
         split: The split of the batch. None leaves the model as it is.
         features_of: The embeddings in an output of the model, by name.
         of_model: Gives further features, which do not depend on the batch; by default none. As part of the
@@ -108,7 +109,7 @@ def _embedded(
 
     def embed(*parts: Tensor) -> Features:
         mini_batch = {**batch, **dict(zip(columns, parts, strict=True))}
-        output = forward(mini_batch) if args else forward(**mini_batch)
+        output = forward(mini_batch, *args[1:], **inputs) if args else forward(**mini_batch)
         return features_of(output)  # type: ignore[no-any-return]
 
     parts_of_columns = [column.tensor_split(split.number) for column in columns.values()]

@@ -54,3 +54,22 @@ def test_columns_that_have_no_row_for_each_pair_or_are_lists_are_named() -> None
     with embedding_in(model, split, dict), pytest.raises(ValueError, match=message):
         model(**PATCHES_OF_8_PAIRS, names=["a text"] * 8)
     assert model.seen == []
+
+
+class OfOneDict(nn.Module):
+    """A model that is called as those of sentence-transformers: with one dict, and keywords beside it."""
+
+    def forward(self, columns: dict[str, torch.Tensor], factor: int = 1) -> dict[str, torch.Tensor]:
+        return {"image_features": factor * columns["pixel_values"]}
+
+
+def test_what_stands_beside_a_dict_of_columns_reaches_every_mini_batch() -> None:
+    model, pictures = OfOneDict(), torch.randn(8, 4)
+    split = Split.of_pairs({"pixel_values": pictures}, 3)
+    with embedding_in(model, split, dict):
+        by_keyword, by_place = (
+            model({"pixel_values": pictures}, factor=2),
+            model({"pixel_values": pictures}, 2),
+        )
+    for output in (by_keyword, by_place):
+        torch.testing.assert_close(output["image_features"], 2 * pictures)
