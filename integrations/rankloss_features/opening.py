@@ -175,7 +175,10 @@ def timm_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
 
 
 def known_weights(file: Path) -> dict[str, Any]:
-    """The weights in a file that is known by its hash, in timm's layouts; any torch may read it."""
+    """The weights, in timm's layouts, in a file whose hash the caller has checked.
+
+    So it is read without :func:`without_code`, and below torch 2.10, too.
+    """
     from timm.models import load_state_dict
 
     return dict(load_state_dict(str(file), weights_only=True))

@@ -233,8 +233,9 @@ def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:
         given: Its options; those of joined losses by the name of each.
 
     Raises:
-        TypeError: There is no such option.
+        TypeError: There is no such option, or those of joined losses are not given by loss.
         ValueError: There is no such loss, or two of them are one.
+        Exception: As :func:`load`.
 
     Example:
         >>> choose("rankclip", {"top_k": 8})[0].given

@@ -142,7 +142,7 @@ class Progress(Callback):
         self._tell(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
-        """A next training has to tell the losses itself."""
+        """Tell the losses that the training has ended; a next one has to tell them anew."""
         end_training(tell.__self__ for tell in self._tellers)
         self._tellers = []
 

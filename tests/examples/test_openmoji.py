@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -327,8 +328,9 @@ def test_the_end_has_the_recall_of_two_encoders_their_gain_and_the_recall_of_pix
     """R@10 in percent, the mean of both ways; the gain is over CLIP, the first arm."""
     encoders, pixels = ending.found[ENCODERS], ending.rows[report.KNN]
     of_pixels = (pixels["image_to_text"][10] + pixels["text_to_image"][10]) / 2
-    for number in (encoders.percent, encoders.minus_first, of_pixels):
-        assert f"{number:.1f}" in ending.first
+    assert f"{ENCODERS} finds most, {encoders.percent:.1f} %" in ending.first
+    assert re.search(rf"{re.escape(f'{encoders.minus_first:+.1f}')} ± \S+ points against CLIP", ending.first)
+    assert f"pixels find {of_pixels:.1f} %" in ending.first
 
 
 def test_the_end_has_the_agreement_of_two_encoders_which_is_the_lowest_on_training_concepts(ending):

@@ -69,8 +69,16 @@ def test_nothing_is_claimed_whose_interval_holds_zero(rows):
     for difference in corrected(rows):
         claim = verdict(difference)
         if claim in ("better", "worse"):
-            assert difference.n >= statistics.MIN_SEEDS
             assert difference.low > 0 if claim == "better" else difference.high < 0
+
+
+@pytest.mark.parametrize("mean", [-1.0, 1.0])
+def test_two_seeds_prove_nothing_and_three_may(mean):
+    claims = [
+        verdict(Difference(mean=mean, half_width=0.1, n=n, p=1e-3, adjusted=1e-3))
+        for n in (2, statistics.MIN_SEEDS)
+    ]
+    assert claims == [statistics.TOO_FEW_SEEDS, "better" if mean > 0 else "worse"]
 
 
 @given(st.lists(st.lists(st.tuples(scores, scores), min_size=1, max_size=6), min_size=1, max_size=6))

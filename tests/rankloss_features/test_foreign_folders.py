@@ -126,12 +126,12 @@ def opened_or_refused(folder: Path) -> Features | str:
 
 @pytest.mark.parametrize(
     "content",
-    ["[" * 100_000, '{"a":' * 100_000, "3", "", "\x00"],
-    ids=["deep list", "deep object", "number", "empty", "a zero byte"],
+    [b"[" * 100_000, b'{"a":' * 100_000, b"3", b"", b"\x00", b"\xff"],
+    ids=["deep list", "deep object", "number", "empty", "a zero byte", "no UTF-8"],
 )
-def test_a_folder_json_that_is_none_is_named(ours: Path, tmp_path: Path, content: str) -> None:
+def test_a_folder_json_without_an_object_is_named(ours: Path, tmp_path: Path, content: bytes) -> None:
     folder = Path(shutil.copytree(ours, tmp_path / "x"))
-    (folder / ABOUT).write_text(content)
+    (folder / ABOUT).write_bytes(content)
     with pytest.raises(ValueError, match=f"{folder / ABOUT} (cannot be read|is damaged)"):
         Features(str(folder))
 

@@ -139,12 +139,14 @@ def test_the_script_evaluates(ranked: Path) -> None:
         (("--trainer", "OwnStep"), RuntimeError, "loss rankclip was not used: OwnStep .*compute_loss"),
         (("--kind", "other"), ValueError, "Classifier has neither a logit_scale nor a temperature"),
     ],
+    ids=["no trainer", "a loop of its own", "a loss of its own", "a step of its own", "no CLIP"],
 )
-def test_script_that_would_train_something_else_fails(
+def test_a_script_that_does_not_train_the_loss_fails_and_saves_no_model(
     tmp_path: Path, run_script: Callable[..., Path], argv: tuple[str, ...], error: Any, message: str
 ) -> None:
     with pytest.raises(error, match=message):
         run_script(tmp_path, "--loss", "rankclip", *argv)
+    assert not list(tmp_path.rglob("model.safetensors"))
 
 
 def test_own_compute_loss_that_calls_super_logs_the_entries_of_the_loss(
