@@ -724,6 +724,7 @@ def demo_agreement() -> list[str]:
         (
             "docs/evidence.md",
             [
+                baselines,
                 frozen_encoders_in_short,
                 spread_in_short,
                 mimicry_in_short_and_long,
@@ -739,7 +740,6 @@ def demo_agreement() -> list[str]:
                 over_the_higher_clip,
                 long_trainings,
                 of_mimicry,
-                baselines,
                 frozen_encoders,
                 mimicry_minus_spread,
                 frozen_encoders_minus_scratch,
