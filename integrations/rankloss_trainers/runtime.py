@@ -413,28 +413,34 @@ class Runtime(nn.Module):
         Raises:
             ValueError: It is no state of :meth:`saved`, or one that does not fit the loss.
         """
-        has_state = bool(self._first_state)
-        self._training_before = None
         if state is not None:
             check_saved(state)
-        if warn and state is not None:
-            self._training_before = state.get("training")
-        elif warn and not has_state:  # of a loss with a state, the warning below says it
-            self._training_before = "no loss of rankloss"
+        self._training_before = self._training_of(state) if warn else None
         if state is not None and state["loss"] == self.name:
-            try:
-                self.criterion.load_state_dict(_as_tensors(state["state_dict"], self._first_state))
-            except (RuntimeError, TypeError, ValueError) as error:
-                text = f"the checkpoint resumed from holds a state of {self.name} that does not fit the loss"
-                raise ValueError(f"{text}: {error}") from error
+            self._load(state["state_dict"])
             return
-        if warn and has_state:
+        if warn and self._first_state:
             in_checkpoint = (
                 "no state of a loss" if state is None else f"the state of the loss {state['loss']}"
             )
             text = "The checkpoint resumed from holds %s: the state of %s starts anew"
             _logger.warning(text, in_checkpoint, self.name)
         self.criterion.load_state_dict(self._first_state)
+
+    def _training_of(self, state: Mapping[str, Any] | None) -> str | None:
+        """A saved state's training in words, or None where nothing is to be warned of."""
+        if state is not None:
+            return state.get("training")
+        # Of a loss with a state, restore() itself warns that it starts anew.
+        return None if self._first_state else "no loss of rankloss"
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        """Load the state that a loss of this name has saved."""
+        try:
+            self.criterion.load_state_dict(_as_tensors(saved, self._first_state))
+        except (RuntimeError, TypeError, ValueError) as error:
+            text = f"the checkpoint resumed from holds a state of {self.name} that does not fit the loss"
+            raise ValueError(f"{text}: {error}") from error
 
 
 def check_saved(state: object) -> None:
