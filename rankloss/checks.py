@@ -433,18 +433,24 @@ def warn_of_scale(name: str, scale: Tensor | float, *features: Tensor) -> bool:
             f"{name} is {value:.4g}, and CLIP models have at most 100. The loss takes the scale itself; "
             "where a model returns the scale, take no exponential of it"
         )
-    elif value < _LARGEST_LOG:
-        is_computed = isinstance(scale, Tensor) and scale.requires_grad and not is_parameter
-        # 1 itself is the scale of calls that give none.
-        is_given_number = value > least and not is_computed
-        if is_parameter or is_given_number:
-            warning = (
-                f"{small_value}. CLIP models keep the logarithm of the scale in their parameter; the loss "
-                f"takes the scale itself, {name}.exp()"
-            )
+    elif _may_be_logarithm(scale, value):
+        warning = (
+            f"{small_value}. CLIP models keep the logarithm of the scale in their parameter; the loss "
+            f"takes the scale itself, {name}.exp()"
+        )
     if warning is not None:
         warnings.warn(warning, InputWarning, stacklevel=1)
     return True
+
+
+def _may_be_logarithm(scale: Tensor | float, value: float) -> bool:
+    """True if a scale from 1 on may be the logarithm that CLIP models keep in their parameter."""
+    if isinstance(scale, nn.Parameter):
+        return value < _LARGEST_LOG
+    # A tensor that was computed with a gradient is the parameter's exponential, and 1 the scale of calls that
+    # give none.
+    was_computed = isinstance(scale, Tensor) and scale.requires_grad
+    return not was_computed and 1 < value < _LARGEST_LOG
 
 
 def _are_unit(features: Tensor) -> bool:
