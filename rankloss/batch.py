@@ -122,9 +122,10 @@ def _have_distinct_beginnings(features: Tensor) -> bool:
 def row_hashes(features: Tensor) -> Tensor:
     """A 64-bit hash of every row, ``[N]``; equal rows have equal hashes.
 
-    The bits of the entries, read as 64-bit integers, are mixed, multiplied by an odd number per column and
-    summed in wrapping integer arithmetic, so the value does not depend on the order of summation. No step is
-    floating-point arithmetic on the entries, since flushing of subnormals depends on the thread.
+    The bits of the entries, read as 64-bit integers, are multiplied by an odd number per column and summed in
+    wrapping integer arithmetic, so the value does not depend on the order of summation. Each upper bit is
+    first copied 31 places down, where the product has room above it. No step is floating-point arithmetic on
+    the entries, since flushing of subnormals depends on the thread.
     """
     bits = features.detach().contiguous().view(_BITS[features.dtype])
     negative_zero = torch.iinfo(bits.dtype).min  # the sign bit alone
@@ -132,7 +133,7 @@ def row_hashes(features: Tensor) -> Tensor:
     if bits.dtype == torch.int32 and bits.shape[1] % 2:
         bits = F.pad(bits, (0, 1))
     words = bits.view(torch.int64)
-    # A float32 such as 1.0 has only upper bits set, and a product would shift them out of the word.
+    # A float32 such as 1.0 has upper bits alone: without copies a product would shift them out of the word.
     words = (words >> MIXING_SHIFT).bitwise_xor_(words)
     factors = torch.arange(words.shape[1], device=words.device).mul_(GOLDEN).bitwise_or_(1)
     return words.mul_(factors).sum(-1)

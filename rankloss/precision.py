@@ -72,15 +72,15 @@ def constant(x: Tensor) -> Tensor:
     return x.detach().clone() if x.is_inference() else x.detach()
 
 
-def nan_unless_finite(weights: Tensor, *features: Tensor) -> Tensor:
-    """The weights if all features are finite and no product can overflow; else NaN, which the loss shows."""
+def nan_unless_finite(values: Tensor, *features: Tensor) -> Tensor:
+    """The values if all features are finite and no product can overflow; else NaN, which the loss shows."""
     dtype = arithmetic_dtype(*features)  # in float16 the cube would overflow from some 400 unit-norm rows on
     norms = (torch.linalg.vector_norm(x.detach(), dtype=dtype) for x in features)  # of whole matrices
     sum_of_norms = functools.reduce(torch.add, norms)
     # A product of two rows is at most the product of the norms, and the cube overflows before it does.
     overflows_first = sum_of_norms**3
-    # weights + 0 · weights · overflows_first, in one operation; 0 · ∞ is NaN.
-    return torch.addcmul(weights, weights, overflows_first, value=0)
+    # values + 0 · values · overflows_first, in one operation; 0 · ∞ is NaN.
+    return torch.addcmul(values, values, overflows_first, value=0)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class Sorted(Ranking):
             self.sizes = run_lengths(ordered)
 
     def weigh(self, by_slot: Tensor) -> Tensor:
-        """As :meth:`Ranking.weigh`; on a CPU only the few sizes that differ from 1."""
+        """As :meth:`Ranking.weigh`; NumPy overwrites ``by_slot``, at the few sizes that differ from 1."""
         if self._tied is None:
             return by_slot * self.sizes
         places, sizes = self._tied

@@ -132,14 +132,16 @@ def floors_of(extra: str, project: Mapping[str, Any]) -> list[str]:
         project: The table ``project`` of ``pyproject.toml``.
 
     Raises:
-        CheckError: A requirement has no lower bound.
+        CheckError: A requirement has no lower bound by ``>=``, or several.
     """
     floors: dict[tuple[str, str], str] = {}
     for text in [*project["dependencies"], *_listed(extra, project)]:
         requirement = Requirement(text)
         bounds = [bound.version for bound in requirement.specifier if bound.operator == ">="]
         if len(bounds) != 1:
-            raise CheckError(f"the requirement {text!r} of {extra or 'the core'} has no lower bound")
+            raise CheckError(
+                f"the requirement {text!r} of {extra or 'the core'} must have one lower bound, >="
+            )
         extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
         marker = f"; {requirement.marker}" if requirement.marker else ""
         # An extra's floor takes the place of the core's.

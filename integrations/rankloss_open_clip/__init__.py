@@ -28,7 +28,8 @@ def wait_for_trainer() -> None:
         from rankloss_open_clip import bootstrap
 
         bootstrap.attach()
-        # Asked of the finders themselves: a damaged file may do nothing, and raise nothing.
+        # Asked of the finders themselves: a damaged file may do nothing, and raise nothing. A module's name
+        # stays among the actions of bootstrap's finder once the module is loaded.
         waited_for = {name for finder in sys.meta_path for name in getattr(finder, "actions", ())}
         if bootstrap.PARAMS not in waited_for:
             raise ImportError("no module of open_clip's trainer is waited for")

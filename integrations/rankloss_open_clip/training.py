@@ -269,7 +269,8 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
     """Announce an epoch to the loss; before the first of a run, connect it with the rest of the run.
 
     Raises:
-        RuntimeError: The run asks for a loss of the catalogue and trains with another.
+        RuntimeError: The run asks for a loss of the catalogue, and trains with one that this plug-in did not
+            build.
     """
     arguments = dict(bound.arguments)
     if "state" in arguments:  # of open_clip's later trainer, whose epochs take loss and model in a task

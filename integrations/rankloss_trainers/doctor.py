@@ -64,9 +64,12 @@ def main() -> int:
     for _, lines in reports:
         print(*lines, sep="\n")
     states = [state for state, _ in reports]
-    if True not in states:
+    is_one_ready, has_one_problems = True in states, False in states
+    if has_one_problems and not is_one_ready:
+        print("No trainer is ready: see the problems above.")
+    elif not is_one_ready:
         print("No trainer is ready. Install one, for instance: pip install 'rankloss[open-clip]'")
-    return 0 if True in states and False not in states else 1
+    return 0 if is_one_ready and not has_one_problems else 1
 
 
 def examined(trainer: Trainer) -> tuple[bool | None, list[str]]:
@@ -96,7 +99,11 @@ def _tested(trainer: Trainer) -> str:
     """The range of versions that the extra of a trainer asks for; a LookupError if it asks for none."""
     from packaging.requirements import Requirement  # every trainer brings it
 
-    for text in importlib.metadata.requires("rankloss") or []:
+    try:
+        requirements = importlib.metadata.requires("rankloss") or []
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown versions: rankloss is imported from its source, and not installed"
+    for text in requirements:
         requirement = Requirement(text)
         is_of_trainer = requirement.name.replace("_", "-") == trainer.distribution
         marker = requirement.marker

@@ -35,7 +35,9 @@ class Teaching:
 
     Attributes:
         teacher: The teacher that the run names, or None.
-        use: ``"required"``, ``"optional"``, or ``"none"``.
+        use: ``"required"`` if the run or a loss names a teacher, a loss declares that it needs one, or its
+            ``forward`` has no default for the teacher's features; else ``"optional"`` if it takes them, or
+            ``"none"``.
         features: The folder of the teacher's features, or None while there is none.
         data_columns: The columns of the training data, where a host names them (:meth:`name_columns`).
 

@@ -167,7 +167,7 @@ class ClipLoss(StreamedLoss):
         first_row = self.gather.first_row(len(images))
         if ids is not None:
             loss = _cross_entropy((per_image, per_text), ids, self.same_id, first_row)
-            # An infinite feature, whose logit is −∞, would be hidden where all rows ignore its column.
+            # An infinite feature, whose logits are −∞, would be hidden where all rows here ignore its column.
             return nan_unless_finite(loss, all_images, all_texts).to(loss.dtype)
         own_columns = torch.arange(len(per_image), device=images.device) + first_row
         return (F.cross_entropy(per_image, own_columns) + F.cross_entropy(per_text, own_columns)) / 2

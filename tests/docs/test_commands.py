@@ -62,7 +62,9 @@ def help_of(program: str) -> str:
 
 @pytest.mark.parametrize("command", [command for command in commands() if command.startswith("make ")])
 def test_make_knows_the_target(command: str) -> None:
-    subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, check=True)
+    make = ["make", "--dry-run", *command.split()[1:]]
+    shown = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "Nothing to be done" not in shown, "a folder of this name, and no target"
 
 
 def test_scripts_of_the_commands_exist() -> None:

@@ -38,7 +38,7 @@ MADE_UP = {
     "optional-dependencies": {
         "a": ["A[train]>=3.0,<4; python_version < '3.11'", "numpy>=2"],
         "b": ["x[a]", "b>=0.1"],
-        "c": ["c<2"],
+        "d": ["c<2"],
     },
 }
 """A project whose extra b has the requirements of its extra a, too."""
@@ -58,8 +58,16 @@ def test_floors_are_every_requirements_lower_bound_as_an_exact_version(extra: st
 
 
 def test_a_requirement_without_a_lower_bound_is_refused() -> None:
-    with pytest.raises(release_check.CheckError, match="'c<2' of c has no lower bound"):
-        release_check.floors_of("c", MADE_UP)
+    with pytest.raises(release_check.CheckError, match="'c<2' of d must have one lower bound, >="):
+        release_check.floors_of("d", MADE_UP)
+
+
+@pytest.mark.parametrize("requirement", ["torch", "torch==2.6", "torch~=2.6", "torch>2.6", "torch>=2.6,>=3"])
+def test_a_requirement_of_the_core_without_a_single_lower_bound_is_refused(requirement: str) -> None:
+    project = {**MADE_UP, "dependencies": [requirement]}
+    message = re.escape(f"the requirement '{requirement}' of the core must have one lower bound, >=")
+    with pytest.raises(release_check.CheckError, match=message):
+        release_check.floors_of("", project)
 
 
 @pytest.mark.parametrize("extra", release_check.MODULES)

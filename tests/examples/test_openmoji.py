@@ -196,7 +196,8 @@ def test_an_arm_of_the_demo_is_trained_with_its_loss_and_arguments(name, argumen
 
 def test_any_other_arm_is_a_loss_with_its_defaults():
     (arm,) = command.parse(["--arms", "siglip-streamed"]).arms
-    assert (arm.label, arm.loss, arm.arguments) == ("siglip-streamed", "siglip-streamed", ())
+    assert (arm.name, arm.label, arm.loss) == ("siglip-streamed",) * 3
+    assert arm.arguments == ()
 
 
 RATE, LAMBDA = ("--lr", "1"), ("--rankclip-lambda-in", "3")

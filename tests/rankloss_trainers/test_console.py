@@ -7,7 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -83,7 +83,9 @@ def test_the_command_is_installed() -> None:
 
 
 def test_without_a_word_the_command_shows_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert printed(capsys).startswith("usage")
+    text = printed(capsys)
+    assert text.startswith("usage")
+    assert re.search(r"^ +losses  ", text, re.MULTILINE), "the commands, each with its line"
 
 
 def test_a_reader_that_ends_early_is_no_error() -> None:
@@ -129,7 +131,7 @@ def test_report_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
         ([TRAINER, SICK], 1, ": no\n- It is too old."),
         ([TRAINER, BROKEN], 1, ": no\n- test_console cannot be imported: AttributeError: "),
         ([NEEDY], 1, "pip install 'rankloss[open-clip]'"),
-        ([SICK], 1, "pip install 'rankloss[open-clip]'"),
+        ([SICK], 1, "No trainer is ready: see the problems above."),
     ],
 )
 def test_trainers_are_shown_and_status_is_0_only_if_one_is_ready_and_none_is_broken(
@@ -145,4 +147,16 @@ def test_trainers_are_shown_and_status_is_0_only_if_one_is_ready_and_none_is_bro
     assert shown in report
     installed = [trainer for trainer in trainers if trainer is not MISSING]
     assert report.count("5.24.0 (tested with <6,>=4.51)") == len(installed)
-    assert ("rankloss[open-clip]" in report) == (TRAINER not in trainers), "advice where none is ready"
+    assert ("rankloss[open-clip]" in report) == (trainers == [NEEDY]), "advice where none is there"
+
+
+def test_without_metadata_of_rankloss_the_tested_versions_are_unknown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def requires(name: str) -> NoReturn:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    monkeypatch.setattr(doctor, "TRAINERS", [TRAINER])
+    assert console.main(["doctor"]) == 0
+    assert "(tested with unknown versions: rankloss is imported from its source" in capsys.readouterr().out

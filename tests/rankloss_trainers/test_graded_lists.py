@@ -28,7 +28,11 @@ from rankloss_trainers.graded.term import RankedListsTerm
             (["a"], [no_grade], f"^grades .*{no_grade!r}")
             for no_grade in (math.nan, math.inf, None, "good", True)
         ),
-        (["a"], [2**53 + 1], f"must be at most 2⁵³ to stay distinct grades; got {2**53 + 1}"),
+        (["a", "b"], [1, math.nan], "^grades .*nan"),
+        *(
+            (["a"], [integer], f"must be at most 2⁵³ to stay distinct grades; got {integer}")
+            for integer in (2**53 + 1, -(2**53) - 1)
+        ),
         (["a", "b"], [1], "got 2 candidates and 1 grades"),
         ([], [], "got 0 candidates and 0 grades"),
         ("ab", [1, 2], "^candidates and grades must be lists; got others"),
