@@ -114,7 +114,7 @@ class Progress(Callback):
         losses = [one_line(loss) for loss in _losses(pl_module)]
         return ": ".join(filter(None, [", ".join(losses), ", ".join(courses)]))
 
-    def _unit_of(self, trainer: Any, pl_module: nn.Module) -> Literal["epoch", "step", "auto"]:
+    def _unit_of(self, trainer: Any, pl_module: nn.Module) -> Literal["epoch", "step"]:
         """The unit of a run: the given one, or the one that its length decides."""
         has_epochs_alone = bool(self._listeners(pl_module, "epoch", preferred="step"))
         # A run of one epoch would go by steps, of which such a loss cannot be told.

@@ -86,9 +86,14 @@ def test_dependabot_looks_at_actions_and_at_python() -> None:
     assert watched == {("github-actions", "/"), ("pip", "/"), ("pip", "/.github/requirements")}
 
 
+@pytest.mark.parametrize(
+    ("files", "found"), [([], "nothing"), (["rankloss-8.9.tar.gz"], r"rankloss-8\.9\.tar\.gz")]
+)
 def test_a_folder_without_the_files_of_the_version_is_no_release(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, files: list[str], found: str
 ) -> None:
+    for name in files:
+        (tmp_path / name).touch()
     monkeypatch.setattr(release_check, "DIST", tmp_path)
-    with pytest.raises(release_check.CheckError, match=r"must have rankloss-9\.0-py3-.*; it has nothing"):
+    with pytest.raises(release_check.CheckError, match=rf"must have rankloss-9\.0-py3-.*; it has {found}"):
         release_check.check_files("9.0")

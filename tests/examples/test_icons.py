@@ -142,6 +142,16 @@ def test_concepts_of_drawings_that_look_alike_are_one_group(drawn, seed):
     assert made.counts["alike_pairs_of_different_concepts"] >= 1
 
 
+def test_blank_drawings_are_counted_apart_and_join_nothing(drawn):
+    icons, thumbnails = drawn
+    blank = np.full_like(thumbnails, 255)
+    made = split.split(icons, blank)
+    assert made.counts["blank"] == len(icons)
+    assert made.counts["alike_pairs"] == made.counts["alike_pairs_of_different_concepts"] == 0
+    group = {icon.concept: name for icon, name in zip(icons, made.group, strict=True)}
+    assert group["trash"] != group["bin"]
+
+
 def _rows(path):
     """The cells of the rows of a file's tables, by the first cell."""
     lines = [line.strip("| ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]

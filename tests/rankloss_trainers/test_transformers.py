@@ -816,13 +816,15 @@ def test_options_beside_a_command_lines_choice_are_refused(tmp_path: Path, name:
 def typed_choice() -> Any:
     """The losses of a command line, with their options and those of the run."""
     parser = argparse.ArgumentParser()
-    losses = LossArguments(parser, ["rankclip"])
-    return losses.chosen(parser.parse_args(["--loss", "rankclip"]))
+    losses = LossArguments(parser, ["spread"])
+    return losses.chosen(parser.parse_args(["--loss", "spread", "--spread-weight", "0.7"]))
 
 
 def test_a_command_lines_choice_is_a_loss_of_the_trainer(tmp_path: Path) -> None:
     built = build_trainer(tmp_path, loss=typed_choice(), loss_options=None)
-    assert isinstance(built.loss_runtime.criterion, rankloss.RankClipLoss)
+    loss = built.loss_runtime.criterion
+    assert isinstance(loss, rankloss.SpreadLoss)
+    assert loss.weight == 0.7
 
 
 @pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())

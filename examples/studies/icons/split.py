@@ -56,7 +56,7 @@ def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Sp
     ``thumbnails`` are averaged pictures, ``uint8 [N, 16, 16, 3]``.
     """
     drawn = (thumbnails < 250).any(axis=-1).mean(axis=(1, 2)) >= _BLANK
-    pairs = alike_pairs(thumbnails)
+    pairs = [(a, b) for a, b in alike_pairs(thumbnails).tolist() if drawn[a] and drawn[b]]
     groups = DisjointSet()
     for icon in icons:
         # Among emojis, a woman and a man walking are one concept; in other sets they may be two.
@@ -69,10 +69,9 @@ def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Sp
             groups.merge(*pair)
     by_name = [groups[icon.concept] for icon in icons]
     joined = 0
-    for a, b in pairs.tolist():
+    for a, b in pairs:
         joined += by_name[a] != by_name[b]
-        if drawn[a] and drawn[b]:
-            groups.merge(icons[a].concept, icons[b].concept)
+        groups.merge(icons[a].concept, icons[b].concept)
     group = _named([icon.concept for icon in icons], groups)
     side = {name: _side(of, f"{seed}/{name}") for name, of in pd.Series(icons).groupby(group)}
     kept = _distinct(icons, thumbnails, np.flatnonzero(drawn).tolist())
