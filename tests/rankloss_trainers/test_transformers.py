@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import inspect
@@ -672,8 +673,9 @@ def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
 
     trained = train(tmp_path, model=model, data_collator=collate, **given)
     assert logged_values(trained, "loss") == pytest.approx(logged_values(single, "loss"), rel=tolerance)
-    evaluated, expected = (x.evaluate()["eval_loss"] for x in (trained, single))
-    assert evaluated == pytest.approx(expected, rel=tolerance)
+    # Of the same weights: rounded steps lead to other ones, on another processor to yet others.
+    expected = copy.deepcopy(model).float()(**Pairs(8).batch(), return_loss=True).loss.item()
+    assert trained.evaluate()["eval_loss"] == pytest.approx(expected, rel=tolerance)
 
 
 # --- what is refused --------------------------------------------------------------------------------------
