@@ -118,9 +118,15 @@ def machine() -> list[str]:
 
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     has_triton = importlib.util.find_spec("triton") is not None
+    if torch.version.cuda:
+        toolkit = f"CUDA {torch.version.cuda}"
+    elif torch.version.hip:
+        toolkit = f"ROCm {torch.version.hip}"
+    else:
+        toolkit = "torch without CUDA"
     return [
         f"rankloss {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"Triton: {'installed' if has_triton else 'not installed'}",
-        f"CUDA {torch.version.cuda or torch.version.hip}: {', '.join(cards) or 'no GPU is found'}",
+        f"{toolkit}: {', '.join(cards) or 'no GPU is found'}",
         f"precision of float32 products on a GPU: {torch.get_float32_matmul_precision()}",
     ]

@@ -160,3 +160,20 @@ def test_without_metadata_of_rankloss_the_tested_versions_are_unknown(
     monkeypatch.setattr(doctor, "TRAINERS", [TRAINER])
     assert console.main(["doctor"]) == 0
     assert "(tested with unknown versions: rankloss is imported from its source" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "shown"),
+    [
+        ("12.8", None, "CUDA 12.8: no GPU is found"),
+        (None, "6.2.41133", "ROCm 6.2.41133: no GPU is found"),
+        (None, None, "torch without CUDA: no GPU is found"),
+    ],
+)
+def test_the_toolkit_of_torch_is_named(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, hip: str | None, shown: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert shown in doctor.machine()
