@@ -370,6 +370,31 @@ def loss_that_is_a_scalar(code: str) -> None:
     assert value > rankloss.ClipLoss()(*features, 10.0)
 
 
+def loss_in_place_of_clips(code: str) -> None:
+    """It has the value and the gradients of the docstring's formula, by its name, and may be a base."""
+    loss = executed(code)["LogisticLoss"](margin=0.5)
+
+    def by_pairs(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+        n = len(images)
+        values = []
+        for i in range(n):
+            own = scale * images[i] @ texts[i]
+            for j in range(n):
+                of_text, of_image = scale * images[i] @ texts[j], scale * images[j] @ texts[i]
+                values += [(1 + (x - own + 0.5).exp()).log() for x in (of_text, of_image)]
+        return torch.stack(values).mean()
+
+    features = torch.nn.functional.normalize(torch.randn(2, 5, 4, dtype=torch.float64), dim=-1)
+    inputs = [x.clone().requires_grad_() for x in (*features, torch.tensor(3.0, dtype=torch.float64))]
+    value, owed = loss(*inputs), by_pairs(*inputs)
+    torch.testing.assert_close(value, owed)
+    gradients = torch.autograd.grad(-1.3 * value, inputs)
+    torch.testing.assert_close(gradients, torch.autograd.grad(-1.3 * owed, inputs))
+    with_ranks = rankloss.RankClipLoss(loss, schedule="constant")(*inputs, output_dict=True)
+    torch.testing.assert_close(with_ranks["logistic_loss"], owed)
+    assert {*with_ranks} == {"logistic_loss", "cross_modal_loss", "in_modal_loss"}
+
+
 def streamed_loss(code: str) -> None:
     """It has the value and the gradients of whole matrices, and keeps none."""
     loss = executed(code)["DecoupledLoss"](chunk_size=7)
@@ -511,6 +536,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "np.savez(": several_teachers,
     "import sys, rankloss_open_clip": own_script_of_a_fork,
     "class RankLoss": loss_that_is_a_scalar,
+    "class LogisticLoss": loss_in_place_of_clips,
     "class DecoupledLoss": streamed_loss,
     "class CopyLoss": loss_that_copies,
     OF_MAIN_BRANCH: task_of_the_main_branch,
@@ -526,8 +552,8 @@ def test_writing_a_loss_takes_20_lines_at_most() -> None:
 
 
 def test_writing_a_loss_registers_the_loss_that_it_writes_as_the_tests_package_does() -> None:
-    entry_point = blocks(WRITING_TEXT, "toml")[0]  # "[table]", then 'name = "module:Class"'
-    ((table, name, class_name),) = re.findall(r'^(\[.*\])\n(\w+) = "\w+:(\w+)"', entry_point)
+    entry_point = blocks(WRITING_TEXT, "toml")[0]  # ends with "[table]", then 'name = "module:Class"'
+    ((table, name, class_name),) = re.findall(r'^(\[.*\])\n(\w+) = "\w+:(\w+)"', entry_point, re.MULTILINE)
     package = ROOT / "tests/rankloss_open_clip/third_party_loss"
     assert table in (package / "pyproject.toml").read_text(encoding="utf-8")
     assert f"class {class_name}(" in blocks(WRITING_TEXT)[0]

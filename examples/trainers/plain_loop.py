@@ -9,7 +9,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import rankloss_trainers
 from rankloss.metrics import recall
@@ -36,8 +36,23 @@ def made_pairs():
     return TensorDataset(images[:1000], texts[:1000]), TensorDataset(images[1000:], texts[1000:])
 
 
+def on_this_process(model, pairs, batch_size):
+    """Return the model on this process's device, and its share of every batch, under torchrun or without."""
+    processes, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)  # a GPU for each process
+        model = model.cuda()
+    if processes == 1:
+        return model, DataLoader(pairs, batch_size, shuffle=True, drop_last=True)
+    torch.distributed.init_process_group()  # NCCL on GPUs, gloo on CPUs
+    sampler = DistributedSampler(pairs)
+    batches = DataLoader(pairs, batch_size // processes, sampler=sampler, drop_last=True)
+    return DistributedDataParallel(model), batches
+
+
 def train(model, batches, optimizer, epochs):
     """Train, and return the last step's loss."""
+    device = next(model.parameters()).device
     criterion = rankloss_trainers.create("rankclip")
     step, total_steps = 0, epochs * len(batches)
     for epoch in range(epochs):
@@ -46,7 +61,8 @@ def train(model, batches, optimizer, epochs):
         for images, texts in batches:
             step += 1
             criterion.set_progress(step, total_steps)
-            loss = criterion(*model(images, texts))  # unit-norm features of both, and log_scale.exp()
+            image_features, text_features, scale = model(images.to(device), texts.to(device))
+            loss = criterion(image_features, text_features, scale)  # unit-norm features, log_scale.exp()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -57,26 +73,22 @@ def train(model, batches, optimizer, epochs):
 @torch.no_grad()
 def evaluate(model, held_out):
     """R@1: the share of images whose own text is the most similar one."""
-    images, texts, _ = model(*held_out[:])
+    device = next(model.parameters()).device
+    images, texts, _ = model(*(x.to(device) for x in held_out[:]))
     return recall(images, texts, 1)["image_to_text_R@1"].item()
 
 
 def main(output="outputs/trainers/plain_loop"):
     """Train; each process of torchrun has its share of every batch, and the first one saves the model."""
     torch.manual_seed(0)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     towers, (pairs, held_out) = Towers(), made_pairs()
-    model, sampler = towers, RandomSampler(pairs)
-    if processes > 1:
-        torch.distributed.init_process_group("gloo")
-        model, sampler = DistributedDataParallel(towers), DistributedSampler(pairs)
-    batches = DataLoader(pairs, 100 // processes, sampler=sampler, drop_last=True)
-    train(model, batches, torch.optim.AdamW(towers.parameters(), lr=1e-2), epochs=3)
-    if rank == 0:
+    model, batches = on_this_process(towers, pairs, batch_size=100)
+    train(model, batches, torch.optim.AdamW(model.parameters(), lr=1e-2), epochs=3)
+    if int(os.environ.get("RANK", 0)) == 0:
         print(f"held-out R@1: {evaluate(towers, held_out):.3f}")
         os.makedirs(output, exist_ok=True)
         torch.save(towers.state_dict(), f"{output}/model.pt")
-    if processes > 1:
+    if torch.distributed.is_initialized():
         del model  # or DDP may not end, with gloo and torch 2.13
         torch.distributed.destroy_process_group()
 

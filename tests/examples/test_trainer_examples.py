@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ PYTHON = [
 ]
 """The name of each example in Python and the case whose loss it trains, or some words on its loss."""
 
-MOST_LINES = 85  # of a file that a reader copies
+MOST_LINES = 100  # of a file that a reader copies
 
 # What a file that is no loop may import beside torch, rankloss and the standard library.
 LIBRARIES = {"PIL", "accelerate", "datasets", "lightning"}
@@ -324,6 +325,19 @@ def assert_one_training(alone, together):
 @pytest.mark.slow
 def test_the_plain_loop_in_two_processes_is_the_one_in_one(pools):
     assert_one_training(looped(0, 1), pools[2].run(looped))
+
+
+@pytest.mark.slow
+def test_the_plain_loop_runs_under_torchrun(tmp_path):
+    """As its first lines say; the first process alone evaluates and saves."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command.append(str(FOLDER / "plain_loop.py"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (recall_at_1,) = re.findall(r"^held-out R@1: (\S+)$", done.stdout, re.MULTILINE)
+    assert float(recall_at_1) > 0.5  # of 200 pairs
+    saved = torch.load(tmp_path / "outputs/trainers/plain_loop/model.pt", weights_only=True)
+    assert {*saved} == {*towers().state_dict()}
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def apart(places: np.ndarray, least: float) -> np.ndarray:
 
 
 def draw(colors: Colors) -> Figure:
-    """A line for each way, with its name beside the line's end."""
+    """A line for each way, with its name and its last number beside the line's end."""
     figure = Figure(figsize=(NARROW, 3.5), layout="constrained")
     axes = figure.subplots()
     scores_of = lines()
@@ -90,12 +90,12 @@ def draw(colors: Colors) -> Figure:
 
 
 def _name_lines_at_their_ends(figure: Figure, ends: dict[str, float], paints: dict[str, str]) -> None:
-    """Write each name in its line's colour, right of the axes, where none hides another."""
+    """Write each name and number in its line's colour, right of the axes, where none hides another."""
     (axes,) = figure.axes
     names = sorted(ends, key=lambda name: ends[name])  # from the lowest
     texts = [
         axes.annotate(
-            name,
+            f"{name}: {ends[name]:.1f}",
             (1, ends[name]),
             xycoords=("axes fraction", "data"),
             xytext=(GAP, 0),
