@@ -769,28 +769,42 @@ class Draft(Pairs):
         return hashes == self._hashes_of(shard)
 
     def finish(self) -> None:
-        """Write that the folder is complete, once its shards are.
+        """Write that the folder is complete, once its shards are, and delete their marks and drafts.
 
         Raises:
             ValueError: No row has features, all rows of a modality are one, or a file is missing or damaged.
         """
         hashes = self.about["files"]
         files = {name: hashes[name] for name in (PAIRS, ALIGNMENT) if name in hashes}
-        skipped = 0
         for shard in self.shards:
             files |= self._hashes_of(shard)
-            first_modality = next(iter(self.read_shard(shard).values()))  # a skipped row is zero in both
-            has_features = first_modality.any(axis=1)
-            skipped += int((~has_features).sum())
+        skipped = self._number_of_skipped_rows()
         if skipped == len(self):
-            raise ValueError(f"--data: none of {skipped} pictures can be read")
+            raise ValueError(f"none of {skipped} pictures can be read")
         for name in self.about["widths"]:
             check_rows_differ(
                 f"the teacher's {name}", (self.read_shard(shard)[name] for shard in self.shards)
             )
         write_about(Path(self.path), {**self.about, "files": files, "complete": True, "skipped": skipped})
         _delete_marks(Path(self.path))
-        for shard in self.shards:  # Drafts are of an interrupted repair; the shard is whole without them.
+        self._delete_drafts()
+
+    def _number_of_skipped_rows(self) -> int:
+        """How many rows have no features, since their pictures could not be read."""
+        skipped = 0
+        for shard in self.shards:
+            first_modality = next(iter(self.read_shard(shard).values()))  # a skipped row is zero in both
+            has_features = first_modality.any(axis=1)
+            skipped += int((~has_features).sum())
+        return skipped
+
+    def _delete_drafts(self) -> None:
+        """Delete the drafts of the shards' files, which a killed repair of a shard leaves.
+
+        It had rewritten the damaged file, and was rewriting another one, which was whole. Now the shard is
+        whole, and not written again.
+        """
+        for shard in self.shards:
             for file in self.files_of(shard).values():
                 draft_path(file).unlink(missing_ok=True)
 

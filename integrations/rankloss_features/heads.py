@@ -481,18 +481,9 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
             not of its kind, its weights are not as they were written, or an encoder is not found, has other
             weights than it was trained with, or with these gives other features of fixed inputs.
     """
-    place = Path(folder)
-    about = _read(place)
-    file = _weights_file(place, about)
-    if not file.is_file():
-        raise ValueError(f"{file}, which {ABOUT} names, is missing: train the heads again")
-    content = file.read_bytes()
-    if hash_of(content).hex() != about["hash"]:
-        raise ValueError(f"{file} is not as it was written with {ABOUT}: train the heads again")
-    try:
-        stored = opening.tensors_of(content)
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    about = _read(Path(folder))
+    file = _weights_file(Path(folder), about)
+    stored = _stored_tensors(file, about["hash"])
     encoders = Encoders(**about["encoders"])
     teacher = encoders.load(torch.device(device), _BATCH_SIZE)
     for name, value in _hashes(about["weights"]).items():
@@ -502,19 +493,45 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
                 f"{teacher.about.get(name)}"
             )
     probing.check_same(f"{folder} was trained on", stored, teacher)
-    # On the meta device modules take no memory, whatever widths the file names; its weights come into them.
-    with torch.device("meta"):
-        parts = [_part(entry, about["widths"]) for entry in about["parts"]]
-    is_of_an_earlier_release = "method" not in about
-    weights = _constants_of_batch_norm(stored) if is_of_an_earlier_release else _of_heads(stored)
     try:
-        joined(parts).load_state_dict(weights, assign=True)
+        parts = _parts_of(about, stored)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit: {error}") from error
+    return FrozenEncoders(encoders, teacher, parts, about["scale"], Rendering(**about["pictures"]))
+
+
+def _stored_tensors(file: Path, expected_hash: str) -> dict[str, Tensor]:
+    """The tensors of the file that ``heads.json`` names.
+
+    Raises:
+        ValueError: There is no such file, or it is not as it was written.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}, which {ABOUT} names, is missing: train the heads again")
+    content = file.read_bytes()
+    if hash_of(content).hex() != expected_hash:
+        raise ValueError(f"{file} is not as it was written with {ABOUT}: train the heads again")
+    try:
+        return opening.tensors_of(content)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _parts_of(about: Mapping[str, Any], stored: dict[str, Tensor]) -> list[Part]:
+    """The parts with their stored weights, in float32.
+
+    Raises:
+        RuntimeError: The weights do not fit them.
+    """
+    # On the meta device modules take no memory, whatever widths the file names.
+    with torch.device("meta"):
+        parts = [_part(entry, about["widths"]) for entry in about["parts"]]
+    weights = _constants_of_batch_norm(stored) if _is_of_an_earlier_release(about) else _of_heads(stored)
+    joined(parts).load_state_dict(weights, assign=True)  # into the modules of the parts
     for part in parts:
         for module in part.modules.values():
-            module.float()  # whatever dtype the file has
-    return FrozenEncoders(encoders, teacher, parts, about["scale"], Rendering(**about["pictures"]))
+            module.float()
+    return parts
 
 
 def _part(entry: Mapping[str, Any], widths: Mapping[str, int]) -> Part:
@@ -538,7 +555,7 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {ABOUT}: it is no folder of rankloss heads")
     about = read_json(file)
     if isinstance(about, dict):
-        if "method" not in about:
+        if _is_of_an_earlier_release(about):
             about = _with_todays_entries(about)
         elif about["method"] not in METHODS:
             known = ", ".join(METHODS)
@@ -549,8 +566,13 @@ def _read(folder: Path) -> dict[str, Any]:
     return dict(about)
 
 
+def _is_of_an_earlier_release(about: Mapping[str, Any]) -> bool:
+    """True for the entries of a folder with one trained head, which names no method."""
+    return "method" not in about
+
+
 def _with_todays_entries(about: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a folder of an earlier release, which has one trained head, in the form of today."""
+    """The entries of a folder of an earlier release in the form of today, but for the method."""
     about = {"pictures": asdict(Rendering()), **about}
     if isinstance(about.get("encoders"), dict):
         about["encoders"] = {"model": None, "pretrained": None, **about["encoders"]}

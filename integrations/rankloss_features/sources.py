@@ -170,6 +170,8 @@ def _stored_arrays(place: Path) -> tuple[dict[str, Any], Features | None]:
         arrays = {name: opening.stored_array(file) for name, file in files.items() if file.exists()}
         return arrays, None
     folder = Features(str(place)).check()
+    if folder.about["skipped"]:
+        raise ValueError(f"{folder.about['skipped']} rows have no features: their pictures could not be read")
     return {name: rows[:] for name, rows in folder.arrays.items()}, folder
 
 
@@ -185,6 +187,8 @@ def _checked_rows(arrays: dict[str, Any]) -> int:
     tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
     first = next(iter(tensors.values()))
     for name, tensor in tensors.items():
+        # At a first look norms other than 1 give a warning; a folder's features are normalised where they
+        # are written.
         check_teacher(name, tensor, first, first_look=False)
         check_rows_differ(name, [tensor.numpy()])
     return len(first)

@@ -457,6 +457,15 @@ def stored_teacher(path: str) -> Teacher:
     return sources.load(["features"], Namespace(features=path, **other_options), torch.device("cpu"))
 
 
+def test_a_folder_without_the_features_of_some_pictures_is_no_teacher_of_features(tmp_path: Path) -> None:
+    """The error says why its rows are zeros."""
+    of_shards = Shards(shards(tmp_path, broken=(2, 5)))
+    path = write_features(tmp_path / "x", of_shards, teacher()).path
+    expected = f"--features {path}: 2 rows have no features: their pictures could not be read"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        stored_teacher(path)
+
+
 def test_the_identities_of_pictures_go_with_the_rows_of_a_folder(
     tmp_path: Path, data: Data, place: Path
 ) -> None:

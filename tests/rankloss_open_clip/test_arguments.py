@@ -50,7 +50,10 @@ def loss_with_depth(base: nn.Module, *, depth: int = 3) -> nn.Module:
 
 
 def base_alone(base: nn.Module, gather: Any) -> nn.Module:
-    """The first line is the help."""
+    """The first line is the help.
+
+    This one is not.
+    """
     return base
 
 
@@ -100,6 +103,7 @@ def test_help_shows_every_option_of_a_run(help_text: str) -> None:
 
 def test_help_describes_another_packages_loss_by_the_first_line_of_its_docstring(help_text: str) -> None:
     assert "plain: The first line is the help" in help_text
+    assert "This one is not" not in help_text
 
 
 def test_help_says_why_a_loss_cannot_be_used(help_text: str) -> None:
