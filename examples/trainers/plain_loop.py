@@ -4,6 +4,7 @@ Run ``python examples/trainers/plain_loop.py``, or on several processes
 ``torchrun --nproc-per-node 2 examples/trainers/plain_loop.py``. Put in your model and your data.
 """
 
+import math
 import os
 
 import torch
@@ -50,9 +51,9 @@ def on_this_process(model, pairs, batch_size):
     return DistributedDataParallel(model), batches
 
 
-def train(model, batches, optimizer, epochs):
-    """Train, and return the last step's loss."""
-    device = next(model.parameters()).device
+def train(model, log_scale, batches, optimizer, epochs):
+    """Train, and return the last step's loss. ``log_scale`` is the model's parameter."""
+    device = log_scale.device
     criterion = rankloss_trainers.create("rankclip")
     step, total_steps = 0, epochs * len(batches)
     for epoch in range(epochs):
@@ -66,6 +67,8 @@ def train(model, batches, optimizer, epochs):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            with torch.no_grad():
+                log_scale.clamp_(max=math.log(100))  # as open_clip does
         print(f"epoch {epoch + 1}: loss {loss:.3f}, rank_lambda {criterion.schedule_value:.2f}")
     return loss
 
@@ -83,7 +86,8 @@ def main(output="outputs/trainers/plain_loop"):
     torch.manual_seed(0)
     towers, (pairs, held_out) = Towers(), made_pairs()
     model, batches = on_this_process(towers, pairs, batch_size=100)
-    train(model, batches, torch.optim.AdamW(model.parameters(), lr=1e-2), epochs=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, towers.logit_scale, batches, optimizer, epochs=3)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"held-out R@1: {evaluate(towers, held_out):.3f}")
         os.makedirs(output, exist_ok=True)

@@ -46,7 +46,7 @@ PYTHON = [
 ]
 """The name of each example in Python and the case whose loss it trains, or some words on its loss."""
 
-MOST_LINES = 100  # of a file that a reader copies
+MOST_LINES = 105  # of a file that a reader copies
 
 # What a file that is no loop may import beside torch, rankloss and the standard library.
 LIBRARIES = {"PIL", "accelerate", "datasets", "lightning"}
@@ -293,10 +293,11 @@ def sgd(model):
 
 def looped(rank, processes):
     """Train by the plain loop, each process on its share of every batch: the last loss, and all weights."""
-    model = towers() if processes == 1 else DistributedDataParallel(towers())
+    own = towers()
+    model = own if processes == 1 else DistributedDataParallel(own)
     shares = [tuple(x.chunk(processes)[rank] for x in batch) for batch in DataLoader(pairs(), BATCH)]
     batches = DataLoader(shares, batch_size=None)
-    loss = imported("plain_loop").train(model, batches, sgd(model), EPOCHS).detach()
+    loss = imported("plain_loop").train(model, own.logit_scale, batches, sgd(model), EPOCHS).detach()
     if processes > 1:
         torch.distributed.all_reduce(loss)
     return [loss.item() / processes, *weights_of(model)]
