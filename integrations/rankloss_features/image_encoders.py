@@ -51,7 +51,7 @@ def load(name: str, weights: str | None, device: torch.device) -> Teacher:
     if not torch.equal(first, second):
         raise ValueError("it gives other features of the same picture each time: its forward pass is random")
     encoder = image_encoder(transform, encode, first.shape[1], device)
-    return Teacher({"image_encoder": name, "image_weights": digest}, {NAMES[0]: encoder})
+    return Teacher({"image_encoder": name, "image_weights": digest}, {NAMES[0]: encoder}, device=device)
 
 
 def loader_of(name: str) -> Callable[[str, str | None, torch.device], Loaded]:

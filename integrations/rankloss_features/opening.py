@@ -265,6 +265,8 @@ def sentence_transformers_model(name: str, device: torch.device) -> Any:
     from sentence_transformers import SentenceTransformer
 
     check_version("sentence-transformers")
+    # Other types are code, of the folder or of an installed package. sentence-transformers refuses them, too,
+    # but its advice is to trust them. A hub's file is not here yet.
     modules = Path(name, "modules.json")
     if modules.is_file():
         kinds = [str(module["type"]) for module in json.loads(modules.read_text(encoding="utf-8"))]

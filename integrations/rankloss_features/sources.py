@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,13 +96,7 @@ def load(options: list[str], args: Any, device: torch.device) -> Teacher:
         encoders = {**images.encoders, **texts.encoders}
         return Teacher({**images.about, **texts.about}, encoders, device=device, spaces=SEPARATE_SPACES)
     (option,) = options
-    teacher = _load_option(option, args, device)
-    background = getattr(args, "background", None)
-    if teacher.rendering is not None and background is not None:
-        raise ValueError(
-            f"--background {background}: --model {args.model} has its own, {teacher.rendering.background}"
-        )
-    return replace(teacher, device=device)
+    return _load_option(option, args, device)
 
 
 def _load_option(option: str, args: Any, device: torch.device) -> Teacher:
@@ -116,7 +109,7 @@ def _load_option(option: str, args: Any, device: torch.device) -> Teacher:
         if option == "model":
             return _model_of_both(args, device)
         if option == "features":
-            return _stored_features(args)
+            return _stored_features(args, device)
         if option == "image_encoder":
             return image_encoders.load(args.image_encoder, args.image_weights, device)
         return text_encoders.load(args.text_encoder, args.batch_size, device)
@@ -129,13 +122,21 @@ def _rows(array: Array, samples: list[Sample]) -> Tensor:
 
 
 def _model_of_both(args: Any, device: torch.device) -> Teacher:
-    """A model of pictures and texts, or a folder of ``rankloss heads``."""
-    if (Path(args.model) / heads.ABOUT).is_file():
-        return heads.load_heads(args.model, device).teacher
-    return clip_models.load(args.model, args.pretrained, device)
+    """A model of pictures and texts, or a folder of ``rankloss heads``.
+
+    Raises:
+        ValueError: Heads and the command line have a background for pictures; and as :func:`load`.
+    """
+    if not (Path(args.model) / heads.ABOUT).is_file():
+        return clip_models.load(args.model, args.pretrained, device)
+    of_heads = heads.load_heads(args.model, device)
+    background = getattr(args, "background", None)  # a trainer's command line has none
+    if background is not None:
+        raise ValueError(f"it has its own background, {of_heads.rendering.background}: no --background")
+    return of_heads.teacher
 
 
-def _stored_features(args: Any) -> Teacher:
+def _stored_features(args: Any, device: torch.device) -> Teacher:
     """Arrays that are there already, row i for row i of the data.
 
     Raises:
@@ -158,7 +159,8 @@ def _stored_features(args: Any) -> Teacher:
     for name, array in arrays.items():
         digests[name] = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
         encoders[name] = Encoder(partial(_rows, array), _as_they_are, widths[name])
-    return Teacher({"features": digests}, encoders, rows=rows, stored=folder, spaces=spaces)
+    about = {"features": digests}
+    return Teacher(about, encoders, rows=rows, device=device, stored=folder, spaces=spaces)
 
 
 def _stored_arrays(place: Path) -> tuple[dict[str, Any], Features | None]:

@@ -47,4 +47,4 @@ def load(name: str, batch_size: int, device: torch.device) -> Teacher:
     )
     width = encode(["a picture"]).shape[1]
     about = {"text_encoder": name, "text_weights": hash_of_weights(model)}
-    return Teacher(about, {NAMES[1]: Encoder(captions, encode, width)})
+    return Teacher(about, {NAMES[1]: Encoder(captions, encode, width)}, device=device)

@@ -188,13 +188,14 @@ def read_data_of_teacher(run: TrainerLoss) -> Any:
 
 
 def check_csv(run: TrainerLoss) -> None:
-    """Check a CSV file of training data, with all columns beside the pairs.
+    """Check a CSV file of training data: its header, its rows, and the columns of losses and teacher, if any.
 
-    The column of a teacher is there if its features are; those that are still to be computed have no rows to
-    compare. Samples of a webdataset are checked when they are read.
+    A teacher's rows are compared if its features are stored already, not if this run computes them. Samples
+    of a webdataset are checked when they are read.
 
     Raises:
-        ValueError: The file lacks a column, a row of it is not the folder's, or its list or id is wrong.
+        ValueError: The file lacks a column, a cell has swallowed rows, a row is not the folder's, or its list
+            or id is wrong.
     """
     args = run.args
     path, kind = getattr(args, "train_data", None), getattr(args, "dataset_type", None)

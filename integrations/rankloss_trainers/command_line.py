@@ -50,10 +50,10 @@ def attributes(losses: Mapping[str, Named]) -> Iterator[tuple[str, str, str]]:
 def fill_in(args: Any, choice: Choice) -> None:
     """Set every option of a run and its losses as an attribute of parsed arguments."""
     values = {loss.name: loss.values for loss in choice.losses}
-    values[""] = vars(choice.options)
+    values[""] = vars(choice.options)  # those of the run have the empty name in attributes()
     declarations = {loss.name: loss.named for loss in choice.losses}
-    for loss, key, attribute in attributes(declarations):
-        setattr(args, attribute, values[loss][key])
+    for name, key, attribute in attributes(declarations):
+        setattr(args, attribute, values[name][key])
 
 
 def mentioned(argv: Sequence[str]) -> list[str]:

@@ -100,7 +100,7 @@ def test_a_try_of_heads_has_neither_joined_ones_nor_the_other_thousand(data):
     assert not tried.keys() & {"joined", "second"}
 
 
-def test_models_side_by_side_add_their_similarities():
+def test_models_side_by_side_average_their_similarities_by_their_squared_weights():
     class Fixed:
         def __init__(self, seed):
             self.v, self.t = unit(5, 4, seed=seed), unit(5, 4, seed=seed + 1)

@@ -96,13 +96,21 @@ def test_numbers_of_unique_captions_are_open_clips_own(sample_folder: Path, tmp_
     assert set(result["recall"]) == {f"{way}_R@{k}" for way in WAYS for k in (1, 5, 10)}
 
 
+def rows_with_shared_titles(sample_folder: Path) -> list[dict[str, str]]:
+    """Pairs of which each two of a product have one title; one picture has a second title, before its own."""
+    rows = read_csv(sample_folder / "train.csv")
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["product"] == second["product"]
+        first["title"] = second["title"]
+    rows.insert(3, {**rows[4], "title": "a second title"})
+    assert len({row["title"] for row in rows}) == 48 // 2 + 1
+    return rows
+
+
 @pytest.mark.parametrize("column", ["product", "class"])
 def test_numbers_by_ids_are_the_oracles(sample_folder: Path, tmp_path: Path, column: str) -> None:
     """Also where a title stands in several rows, and a picture has two titles."""
-    rows = read_csv(sample_folder / "train.csv")
-    for first, second in zip(rows[::2], rows[1::2], strict=True):
-        first["title"] = second["title"]
-    rows.insert(3, {**rows[4], "title": "a second title"})
+    rows = rows_with_shared_titles(sample_folder)
     table = write_csv(tmp_path / "grouped.csv", rows)
     result = evaluated(sample_folder, table, tmp_path, "--ids-key", column, "--k", "1", "5")
     pictures = list({row["filepath"]: row for row in rows}.values())
@@ -113,7 +121,6 @@ def test_numbers_by_ids_are_the_oracles(sample_folder: Path, tmp_path: Path, col
         "text_ids": [row[column] for row in texts],
     }
     expected = reference.recall(v.double(), t.double(), (1, 5), **ids)
-    assert len(texts) == 48 // 2 + 1  # each two of 48 rows have one title, and one picture has a second
     numbers = {name: recall["value"] for name, recall in result["recall"].items()}
     numbers |= {f"{way}_median_rank": rank for way, rank in result["median_rank"].items()}
     assert numbers == pytest.approx({name: expected[name] for name in numbers})

@@ -321,34 +321,57 @@ def test_a_loss_that_would_refuse_the_first_batch_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, reason: str
 ) -> None:
     register(monkeypatch, room=NeedsRoom)
+    forget_processes(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a machine with a GPU as well
     assert f"argument {reason}" in refusal_of_command(capsys, "--device", "cpu", "--loss", *command.split())
 
 
+def forget_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove what tells open_clip of other processes, such as those of a job that runs the tests."""
+    for name in ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", ["clip-streamed", "ranked-lists"])
+def test_one_pair_is_enough_for_a_loss_that_contrasts_none(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    forget_processes(monkeypatch)
+    assert run_of(parse_args(["--device", "cpu", "--loss", name, "--batch-size", "1"])).name == name
+
+
 @pytest.mark.parametrize(
-    ("command", "variables"),
+    ("options", "variables", "pairs"),
     [
-        pytest.param("clip-streamed --batch-size 1", {}, id="one pair is enough for CLIP's loss"),
-        pytest.param("ranked-lists --batch-size 1", {}, id="one pair is enough for lists"),
-        pytest.param("rankclip --batch-size 1 --accum-freq 2", {}, id="two batches, given at once"),
+        pytest.param("--accum-freq 2", {}, 6, id="two batches, given at once"),
         pytest.param(
-            "rankclip --batch-size 1",
-            {"WORLD_SIZE": "2", "SLURM_NTASKS": "1"},
-            id="two processes of torchrun in one task of SLURM",
+            "", {"WORLD_SIZE": "2", "SLURM_NTASKS": "1"}, 6, id="two processes of torchrun in a task of SLURM"
         ),
-        pytest.param("rankclip --batch-size 1", {"SLURM_NTASKS": "2"}, id="two tasks of SLURM"),
-        pytest.param("room --batch-size 1", {"WORLD_SIZE": "3"}, id="three processes for three pairs"),
+        pytest.param("", {"SLURM_NTASKS": "2"}, 6, id="two tasks of SLURM"),
+        pytest.param("--accum-freq 2", {"WORLD_SIZE": "3"}, 18, id="three processes, two batches"),
     ],
 )
 def test_the_pairs_of_a_batch_are_counted_over_processes_and_accumulation(
-    monkeypatch: pytest.MonkeyPatch, command: str, variables: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: str,
+    variables: dict[str, str],
+    pairs: int,
 ) -> None:
+    """The loss refuses the device, and names the number that it was given."""
     register(monkeypatch, room=NeedsRoom)
+    forget_processes(monkeypatch)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    name = command.split()[0]
-    args = parse_args(["--device", "cpu", "--loss", *command.split()])  # which refuses too few pairs
-    assert run_of(args).name == name
+    command = f"--device cpu --loss room --room-only-on cuda --batch-size 3 {options}"
+    assert f"not cpu, for {pairs} pairs" in refusal_of_command(capsys, *command.split())
+
+
+def test_enough_pairs_of_all_processes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, room=NeedsRoom)
+    forget_processes(monkeypatch)
+    monkeypatch.setenv("WORLD_SIZE", "3")  # three pairs, which the loss needs
+    assert run_of(parse_args(["--device", "cpu", "--loss", "room", "--batch-size", "1"])).name == "room"
 
 
 # By the name that somebody may type as a loss's option, the option of a run that does this: options that
