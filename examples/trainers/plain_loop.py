@@ -38,7 +38,7 @@ def made_pairs():
 
 
 def on_this_process(model, pairs, batch_size):
-    """Return the model on this process's device, and its share of every batch, under torchrun or without."""
+    """Return the model on this process's device, and its share of every batch, which is of all processes."""
     processes, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)  # a GPU for each process

@@ -271,7 +271,7 @@ def test_the_table_of_partners_is_the_formula() -> None:
 
 def test_scales_of_small_trainings_are_those_of_the_records() -> None:
     """Of the studies of the tiny student: CLIP's with the usual scale at the start, and spread's."""
-    scales: dict[str, list[float]] = {"clip": [], "std-constant": []}
+    scales: dict[str, list[float]] = {"clip": [], "smoothing": [], "std-constant": []}
     for study in ("captions", "spread", "alignment"):
         for path in (ROOT / f"examples/studies/{study}/results").rglob("records.jsonl"):
             for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
@@ -279,6 +279,7 @@ def test_scales_of_small_trainings_are_those_of_the_records() -> None:
                 if setting.get("side") == "test" and setting["arm"] in scales:
                     scales[setting["arm"]].append(line["metrics"]["geometry"]["logit_scale"])
     ((low, high),) = re.findall(r"CLIP's, from 14.3, ended between (\d+) and (\d+)", TEXT)
-    assert (round(min(scales["clip"])), round(max(scales["clip"]))) == (int(low), int(high))
-    assert "spread's in the longest at 100" in TEXT
+    of_clip = scales["clip"] + scales["smoothing"]
+    assert (round(min(of_clip)), round(max(of_clip))) == (int(low), int(high))
+    assert "spread's in the longest of icons at 100" in TEXT
     assert round(max(scales["std-constant"])) == 100
