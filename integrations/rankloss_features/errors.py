@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,13 +27,16 @@ def named_errors(named: str) -> Iterator[None]:
         raise ValueError(f"{named}: {type(error).__name__}: {error}") from error
 
 
-def last_line(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """The message of an error; of one in a process that reads pictures, without the traceback there."""
     text = str(error)
-    if "DataLoader worker" in text:
-        *_, last = text.strip().splitlines()  # the kind of the error, and its message
-        _, _, text = last.partition(": ")
-    return text
+    # torch raises a worker's error again, with the traceback as its message: "Caught KIND in DataLoader
+    # worker process 0.", then the traceback, which ends with "KIND: MESSAGE".
+    in_worker = re.match(r"Caught (\w+) in DataLoader worker", text)
+    if in_worker is None:
+        return text
+    *_, message = re.split(rf"^(?:\w+\.)*{in_worker[1]}: ", text, flags=re.MULTILINE)
+    return message.strip()
 
 
 def flag(name: str) -> str:

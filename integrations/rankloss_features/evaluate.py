@@ -18,7 +18,7 @@ import torch
 from rankloss.options import check_count
 from rankloss_features import clip_models, data, sources
 from rankloss_features.data import Data
-from rankloss_features.errors import last_line
+from rankloss_features.errors import message_of
 from rankloss_features.evaluation import Encoded, Pairs, differences, encode_rows, measure, noun_of_group
 from rankloss_features.folder import is_count, read_json, write_bytes
 from rankloss_features.teachers import Teacher
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
             result["command"] = shlex.join(["rankloss", "evaluate", *argv])
             write_bytes(args.json, (json.dumps(result) + "\n").encode())
     except (OSError, ValueError) as error:
-        print(f"rankloss evaluate: {last_line(error)}", file=sys.stderr)
+        print(f"rankloss evaluate: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -16,6 +16,7 @@ from rankloss_features.heads import make_heads
 
 _IMAGES, _TEXTS = NAMES
 _FIRST_LOG_SCALE = 2.6593  # log(1 / 0.07), as CLIP begins
+_LARGEST_LOG_SCALE = math.log(100)  # CLIP's ceiling
 _WEIGHT_DECAY = 0.05
 
 
@@ -75,33 +76,49 @@ def train(
             head: Any = heads[name]
             head.standardise(name, of_modality)
         log_scale = nn.Parameter(torch.tensor(_FIRST_LOG_SCALE))
-        trained = [*heads.parameters(), log_scale]
-        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=_WEIGHT_DECAY)
+        optimizer = _optimizer(heads, log_scale, settings.lr)
         batch_size = min(settings.batch_size, len(images))
         steps = len(images) // batch_size  # of an epoch; the pairs that are left over wait for the next one
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
+
+        def step(rows: Tensor) -> float:
+            """Train a batch, and return its loss."""
+            v = F.normalize(heads[_IMAGES](images[rows]), dim=-1)
+            t = F.normalize(heads[_TEXTS](texts[rows]), dim=-1)
+            ids_of_batch = {} if ids is None else {"pair_ids": ids[rows]}
+            loss: Tensor = criterion(v, t, log_scale.exp(), **ids_of_batch)
+            loss.backward()
+            optimizer.step()
+            decay.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                log_scale.clamp_(0, _LARGEST_LOG_SCALE)
+            return loss.item()
+
         mean_losses = []
         for epoch in range(1, settings.epochs + 1):
             sum_of_losses = 0.0
             order = torch.randperm(len(images), generator=generator)
             for rows in order.split(batch_size)[:steps]:
-                v = F.normalize(heads[_IMAGES](images[rows]), dim=-1)
-                t = F.normalize(heads[_TEXTS](texts[rows]), dim=-1)
-                scale = log_scale.exp()
-                if not 0 < scale.item() < math.inf:  # which the loss would refuse as bad input
+                sum_of_losses += step(rows)
+                if log_scale.isnan():  # which the loss would refuse as bad input, at the next step
                     raise _divergence(epoch, settings)
-                ids_of_batch = {} if ids is None else {"pair_ids": ids[rows]}
-                loss = criterion(v, t, scale, **ids_of_batch)
-                loss.backward()
-                optimizer.step()
-                decay.step()
-                optimizer.zero_grad()
-                sum_of_losses += loss.item()
             has_finite_weights = all(bool(weights.isfinite().all()) for weights in heads.parameters())
             if not (math.isfinite(sum_of_losses) and has_finite_weights):
                 raise _divergence(epoch, settings)
             mean_losses.append(sum_of_losses / steps)
     return heads.eval(), float(log_scale.detach().exp()), mean_losses
+
+
+def _optimizer(heads: nn.Module, log_scale: Tensor, lr: float) -> torch.optim.Optimizer:
+    """AdamW that decays matrices, but neither biases nor the scale, as CLIP's and the studies' do."""
+    matrices = [weights for weights in heads.parameters() if weights.dim() > 1]
+    others = [weights for weights in heads.parameters() if weights.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": _WEIGHT_DECAY},
+        {"params": [*others, log_scale], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr)
 
 
 def _criterion(settings: Training, *, has_ids: bool) -> nn.Module:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rankloss.options import check_count, check_weight
 from rankloss_features import data, sources
-from rankloss_features.errors import flag, last_line
+from rankloss_features.errors import flag, message_of
 from rankloss_features.evaluate import described, lines, quiet_libraries
 from rankloss_features.evaluation import Pairs, encode_rows, measure, noun_of_group
 from rankloss_features.folder import NAMES
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         with quiet_libraries():
             run(args, asked, encoders, device)
     except (OSError, ValueError) as error:
-        print(f"rankloss heads: {last_line(error)}", file=sys.stderr)
+        print(f"rankloss heads: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
 

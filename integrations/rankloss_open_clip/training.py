@@ -17,7 +17,7 @@ from torch import nn
 
 from rankloss_features.clip_models import check_activation, check_pretrained
 from rankloss_features.data import extensions
-from rankloss_features.errors import last_line, named_errors
+from rankloss_features.errors import message_of, named_errors
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.arguments import chosen
 from rankloss_open_clip.columns.text_columns import Members, TextColumns
@@ -219,7 +219,7 @@ def compute_teacher(run: TrainerLoss, data: Any) -> None:
     try:
         folder = caching.cached(run.teaching.spec, data, place, device_of(run.args))
     except (OSError, ValueError) as error:
-        raise OptionError("teacher", last_line(error)) from error
+        raise OptionError("teacher", message_of(error)) from error
     run.teaching.open_folder(folder)
 
 

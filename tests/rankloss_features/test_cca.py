@@ -182,11 +182,12 @@ def test_every_dtype_is_fitted_in_float64(dtype: torch.dtype) -> None:
 
 def test_autocast_and_inference_mode_change_nothing() -> None:
     v, t = (x.float() for x in features())
-    expected = CanonicalCorrelation.fit(v, t, dimensions=7)
+    cca = CanonicalCorrelation.fit(v, t, dimensions=7)
+    images, texts = cca.images(v), cca.texts(t)
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        cca = CanonicalCorrelation.fit(v, t, dimensions=7)
-        assert torch.equal(cca.images(v), expected.images(v))
-        assert torch.equal(cca.texts(t), expected.texts(t))
+        inside = CanonicalCorrelation.fit(v, t, dimensions=7)
+        assert torch.equal(inside.images(v), images)
+        assert torch.equal(inside.texts(t), texts)
 
 
 def test_features_that_need_gradients_are_projected_without_them() -> None:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -229,6 +230,7 @@ def wait_for(file: Path, process: Any) -> None:
     """Wait until a process has written a file; it must not end before."""
     while not file.exists():
         assert process.is_alive()
+        time.sleep(0.01)
 
 
 def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
@@ -236,8 +238,8 @@ def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path
     (data, whole), output = undisturbed, tmp_path / "output"
     warnings, batches, go_on = tiny.forks.Queue(), tiny.forks.Queue(), tiny.forks.Event()
 
-    def hold_the_lock(_: str, features: Tensor) -> Tensor:
-        """Encode the first's first batch, during which it holds the folder's lock, until it may go on."""
+    def stall(_: str, features: Tensor) -> Tensor:
+        """Let the first wait in its first batch, while it holds the folder's lock, until it may go on."""
         assert go_on.wait(60)
         return features
 
@@ -254,7 +256,7 @@ def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path
         write_features(output, data, teacher(record_batch_sizes(rows_of_batches)))
         batches.put(rows_of_batches)
 
-    first = tiny.started(write_features, output, data, teacher(hold_the_lock))
+    first = tiny.started(write_features, output, data, teacher(stall))
     wait_for(output / "pairs.npy", first)  # the first holds the lock once it has begun the folder
     assert in_process(write_as_the_second) == 0
     first.join()

@@ -92,6 +92,8 @@ def test_job_that_was_killed_at_any_call_ends_with_the_same_bits(
         name, *FOUR_EPOCHS, change=EpochSeeds(kill_in_epoch=epoch, kill_at_call=call), code=-signal.SIGKILL
     )
     resumed = trainer.call(name, *FOUR_EPOCHS, "--resume", "latest", change=EpochSeeds(None))
+    if epoch > 0:  # the first has no checkpoint before it
+        assert f"{resumed.directory / 'checkpoints' / f'epoch_{epoch}.pt'}" in resumed.log
     assert_equal_training(four_epochs, resumed, epochs=(4,))
 
 

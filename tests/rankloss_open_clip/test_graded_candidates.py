@@ -138,11 +138,10 @@ def test_lists_without_any_order_are_warned_of(
 
 
 def test_a_csv_file_without_a_column_of_the_lists_is_refused(tmp_path: Path) -> None:
-    dataset, _ = csv_dataset(tmp_path, A_LIST)
-    without_grades = tmp_path / "other.csv"
-    without_grades.write_text("filepath\ttitle\tcandidates\nx\ty\t[]\n")
+    dataset, file = csv_dataset(tmp_path, A_LIST)
+    pandas.read_csv(file, sep="\t").drop(columns="grades").to_csv(file, sep="\t", index=False)
     with pytest.raises(ValueError, match="has no column 'grades'; it has filepath, title, candidates"):
-        Candidates().read_rows(str(without_grades), "\t", dataset)
+        Candidates().read_rows(file, "\t", dataset)
 
 
 def test_a_sample_without_a_member_of_the_lists_is_refused() -> None:
