@@ -543,6 +543,33 @@ RUNS: dict[str, Callable[[str], None]] = {
 }
 
 
+def test_the_loop_of_several_processes_runs_as_the_page_puts_it_together() -> None:
+    """With the imports that the page names, and what it says is the reader's."""
+    page = (ROOT / "docs/loops.md").read_text(encoding="utf-8")
+    (function,) = [code for code in blocks(page) if "def on_this_process" in code]
+    (loop,) = [code for code in blocks(page) if code.startswith("device = log_scale.device")]
+    (call,) = re.findall(r"`(model, batches = on_this_process\(.*?\))`", page)
+    imports = (
+        "import math, os, torch, rankloss_trainers; from torch.nn.parallel import DistributedDataParallel"
+    )
+    imports += "; from torch.utils.data import DataLoader, DistributedSampler"
+    namespace = {"__name__": "plain_loop"}
+    exec(EXAMPLES["plain_loop.py"], namespace)
+    towers, (pairs, _) = namespace["Towers"](), namespace["made_pairs"]()
+    before = towers.image.weight.detach().clone()
+    names = {
+        "towers": towers,
+        "pairs": pairs,
+        "epochs": 1,
+        "log_scale": towers.logit_scale,
+        "optimizer": torch.optim.AdamW(towers.parameters(), lr=1e-2),
+    }
+    with patch.object(torch.cuda, "device_count", return_value=0):
+        names = executed(f"{function}\n{call}\n{loop}", imports, **names)
+    assert names["step"] == names["total_steps"] == 10
+    assert not torch.equal(towers.image.weight, before)
+
+
 # --- the page of writing a loss ---------------------------------------------------------------------------
 
 

@@ -235,7 +235,7 @@ START = Case(
     {"weight": 4.0},
     features=CLIP,
     gain="a CLIP of 30,000 icons, fine-tuned on emojis, keeps +8.64 ± 1.05 of the icons' R@10; heads of "
-    "photographs, fine-tuned on dogs by hard negatives, weight 0.5: nothing shown, and a third of the "
+    "photographs, fine-tuned on dogs by NegCLIP's loss, weight 0.5: nothing shown, and a third of the "
     "learning rate without a teacher keeps 4.40 ± 0.82 more",
     cost="*+0.37 ± 2.01* of the emojis",
     on=("kept +8.64 ± 1.05", "–", "learned *+0.37 ± 2.01*"),

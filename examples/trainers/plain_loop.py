@@ -39,9 +39,9 @@ def made_pairs():
 
 def on_this_process(model, pairs, batch_size):
     """Return the model on this process's device, and its share of every batch, which is of all processes."""
-    processes, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)  # a GPU for each process
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):  # a GPU for each process
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         model = model.cuda()
     if processes == 1:
         return model, DataLoader(pairs, batch_size, shuffle=True, drop_last=True)
