@@ -313,14 +313,14 @@ def accumulate(loop: Loop, sums: dict[str, Tensor] | None) -> list[Any]:
         Both values of a list, summed over the rows: ``[matrices]`` each; None if there is none.
     """
     n_anchors = len(loop.matrices[0].anchors)
-    earlier: Mirrored = [] if loop.keeps_gradients else None
+    mirrored: Mirrored = [] if loop.keeps_gradients else None
     values: list[Sequence[Tensor | None]] = []  # of every slice of lists, the first and the second value
     for first in range(0, n_anchors, loop.rows_at_once):
         rows = slice(first, min(first + loop.rows_at_once, n_anchors))
         chunk_values, by_scores = _evaluate_chunk(loop, rows)
         values += chunk_values
         if sums is not None:
-            _add_gradients(loop.matrices, rows, by_scores, sums, earlier)
+            _add_gradients(loop.matrices, rows, by_scores, sums, mirrored)
     sums_over_rows = []
     for of_slices in zip(*values, strict=True):  # first values, then second values
         is_computed = of_slices[0] is not None
@@ -360,40 +360,42 @@ def _evaluate_chunk(loop: Loop, rows: slice) -> tuple[list[Sequence[Tensor | Non
 
 
 Mirrored: TypeAlias = list[tuple[int, list[Tensor]]] | None
-"""Of each earlier chunk its first row, and for each matrix the mirror images of the gradients that wait."""
+"""Of each chunk its first row, and for each matrix the mirror images of the gradients that wait."""
 
 
 def _add_gradients(
-    matrices: Sequence[Matrix], rows: slice, by_scores: Tensor, sums: dict[str, Tensor], earlier: Mirrored
+    matrices: Sequence[Matrix], rows: slice, by_scores: Tensor, sums: dict[str, Tensor], mirrored: Mirrored
 ) -> None:
     """Add the gradients of given rows of every matrix.
 
-    If gradients are kept, rows 0 and 1 of four, a first chunk, are multiplied with the items 0 and 1 alone,
-    and their gradients by the items 2 and 3 are kept. The second chunk, rows 2 and 3, adds these mirror
-    images to its own, and takes one product for both: of its rows with all items, and of the items 0 and 1
-    with its rows.
+    Two transposed matrices multiply the same features. With G their gradients and G' that of the transpose,
+    H = G + G'ᵀ is formed first, if gradients are kept, and each of its entries is multiplied once. A chunk
+    multiplies its rows of H up to its last column; the columns behind wait for their mirror images. So rows
+    0 and 1 of four, a first chunk, are multiplied with the items 0 and 1, rows 2 and 3 with all four, and
+    the items 0 and 1 with the latter.
 
     Args:
         matrices: one, or the two of a term.
         rows: the rows.
         by_scores: the gradient by the scores, ``[matrices, n, N]``; it is overwritten.
         sums: the gradients by the factors of the matrices, by name, without the factor s.
-        earlier: of each earlier chunk its first row, and for each matrix the mirror images of the gradients
-            from the column of that row on; this chunk's are added. None keeps none.
+        mirrored: of each earlier chunk its first row, and for each matrix the mirror images of the gradients
+            from the column of that row on; this chunk's are appended. None keeps none.
     """
     columns_of_rows = columns_of_items = slice(None)
-    if earlier is not None:  # the later columns' gradients wait for their mirror images
+    if mirrored is not None:  # the later columns' gradients wait for their mirror images
         columns_of_rows = slice(rows.stop)
         columns_of_items = slice(rows.start)
         # Matrix k's mirror images are in the gradient of its transpose, transposed.
         images = [by_scores[transpose, :, rows.start :].T for transpose in _mirrors(matrices)]
         copies = [image.clone(memory_format=torch.contiguous_format) for image in images]
-        earlier.append((rows.start, copies))
+        mirrored.append((rows.start, copies))
     for k, (matrix, gradient) in enumerate(zip(matrices, by_scores, strict=True)):
-        for first_row, images in earlier or ():
+        # This chunk is one of them: its own columns have their mirror images in it.
+        for first_row, images in mirrored or ():
             place = rows.start - first_row  # of this chunk's first row in the image, whose row 0 is first_row
             image = images[k][place : place + len(gradient)]
-            columns = slice(first_row, first_row + image.shape[1])  # the rows of the earlier chunk
+            columns = slice(first_row, first_row + image.shape[1])  # the rows of that chunk
             gradient[:, columns].add_(image)  # += would copy the sum onto itself
         anchors, items = matrix.factors
         sums[anchors][rows].addmm_(gradient[:, columns_of_rows], matrix.items[columns_of_rows])

@@ -211,7 +211,10 @@ def _chebyshev_table(kernel: Callable[[Tensor], Tensor], cells: int, nodes: int)
 
 
 def _moments(y: Tensor, weights: Tensor, low: Tensor, cells: int, nodes: int) -> Tensor:
-    """Sums of weighted Chebyshev polynomials over the items of each cell, ``[n, cells·nodes]`` in float64."""
+    """Sums of weighted Chebyshev polynomials over the items of each cell, ``[n, cells·nodes]``.
+
+    An item at −∞ is none. The sums are of y's dtype, and float64 for the product with the table.
+    """
     weights = weights.where(y > -math.inf, 0.0)
     cell, polynomials = _chebyshev(y, low, cells, nodes)
     by_degree = []

@@ -370,8 +370,8 @@ class Eigenbases:
             if ridge == 0 and dimensions >= sums.pairs - 1:  # centred rows span no more
                 raise ValueError(
                     f"{side.name}_ridge=0 needs at least two pairs more than dimensions in which the "
-                    f"features vary, or any pairs are fitted; got {sums.pairs} pairs and {dimensions} "
-                    "dimensions: give a ridge above 0"
+                    f"features vary, as with fewer any pairs correlate perfectly; got {sums.pairs} pairs and "
+                    f"{dimensions} dimensions: give a ridge above 0"
                 )
         D_v, D_t = images.weights(image_ridge), texts.weights(text_ridge)  # the diagonals
         U, S, Vh = torch.linalg.svd(D_v[:, None] * self._cross * D_t, full_matrices=False)

@@ -232,13 +232,21 @@ def with_a_bias() -> Any:
 
 
 def test_a_model_with_a_bias_trains_as_one_without_and_the_bias_stays(tmp_path: Path) -> None:
-    """The loss is a module here, and a name there. Its lists have no bias."""
+    """A loss of lists has no bias."""
     model = with_a_bias()
-    run(tmp_path, graded_table(queries_are_texts=True), max_steps=1, model=model, loss=rankloss.RankedLists())
-    by_name = run(tmp_path, graded_table(queries_are_texts=True), max_steps=1)
+    run(tmp_path, graded_table(queries_are_texts=True), max_steps=1, model=model)
+    without_bias = run(tmp_path, graded_table(queries_are_texts=True), max_steps=1).model
     trained_weights = dict(model.named_parameters())
-    assert all(torch.equal(x, trained_weights[name]) for name, x in by_name.model.named_parameters())
-    assert model.bias_gradients == [0.0]
+    assert all(torch.equal(x, trained_weights[name]) for name, x in without_bias.named_parameters())
+    assert model.bias_gradients == [0.0]  # one, of zero: DDP waits for a gradient of every parameter
+    assert model.logit_bias.item() == -2.0
+
+
+def test_a_module_trains_as_the_loss_of_its_name(tmp_path: Path) -> None:
+    rows = graded_table(queries_are_texts=True)
+    model = run(tmp_path, rows, max_steps=1, loss=rankloss.RankedLists()).model
+    by_name = dict(run(tmp_path, rows, max_steps=1).model.named_parameters())
+    assert all(torch.equal(x, by_name[name]) for name, x in model.named_parameters())
 
 
 def test_texts_are_padded_for_a_model_with_a_bias_as_siglip_was_trained(tmp_path: Path) -> None:
